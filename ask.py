@@ -1,0 +1,44 @@
+"""
+Ask a checkpoint about a picture.
+
+    python ask.py picture.png "What color is the fish?"
+    python ask.py picture.png "How much are Jan and May together?" --model outputs/tiny/stage3 --no_thinking
+
+Prints the reasoning and the answer. Without `--model` the checkpoint is the repo itself.
+"""
+
+import argparse
+from pathlib import Path
+
+from siq_vl import cli
+from siq_vl.data.figures.rows import user_turn
+from siq_vl.data.images import open_image
+from siq_vl.evaluation.answers import parse
+from siq_vl.evaluation.generation import generate_texts
+from siq_vl.loading import load_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image", type=Path, help="a picture in any format that Pillow reads")
+    parser.add_argument("question")
+    parser.add_argument("--model", default=str(Path(__file__).parent), help="a checkpoint's folder or Hub id")
+    parser.add_argument("--no_thinking", action="store_true", help="answer at once, without reasoning")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    options = parser.parse_args()
+    image = open_image(options.image)
+    if not options.question.strip():
+        raise ValueError("the question is empty: ask something about the picture")
+    model, processor = load_checkpoint(options.model)
+    switch = {"enable_thinking": False} if options.no_thinking else {}
+    (text,) = generate_texts(
+        model, processor, [user_turn(options.question)], [[image]], max_new_tokens=options.max_new_tokens, **switch
+    )
+    parsed = parse(text)
+    if parsed.rationale:
+        print(f"reasoning: {parsed.rationale}")
+    print(f"answer: {parsed.answer or '(none within max_new_tokens)'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

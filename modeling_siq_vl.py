@@ -1,0 +1,648 @@
+"""
+PyTorch model of SiQ-VL: SigLIP-2 vision tower -> pixel-shuffle projector -> decoder-only language model.
+
+Shapes below use `n_images` for the number of images in the whole batch, in the order in which their placeholders occur,
+`n_patches` for the patches of one image and `n_tokens` for its image tokens (`config.image_seq_length`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_siq_vl import SiQVLConfig
+
+
+def pixel_shuffle(features: torch.Tensor, rows: int, columns: int, factor: int) -> torch.Tensor:
+    """
+    Merges each `factor x factor` block of patches into one token, trading sequence length for channels.
+
+    Channels come out in the order (dy, dx, c): the patches of a block row by row, each with all its channels. This is
+    the order of Idefics3, SmolVLM and InternVL. An odd grid is padded with zeros at the bottom and on the right.
+
+    Args:
+        features (`torch.Tensor` of shape `(n_images, rows * columns, channels)`): Patches, row by row.
+        rows (`int`): Height of the grid of patches.
+        columns (`int`): Width of the grid of patches.
+        factor (`int`): Side of a block.
+
+    Returns:
+        `torch.Tensor` of shape `(n_images, ceil(rows / factor) * ceil(columns / factor), factor**2 * channels)`.
+
+    Raises:
+        ValueError: if the number of patches is not `rows * columns`.
+    """
+    n_images, n_patches, channels = features.shape
+    if n_patches != rows * columns:
+        raise ValueError(
+            f"Got {n_patches} patches for each image, but a grid of {rows} x {columns} has {rows * columns}: pass all "
+            "patches of the vision tower's last hidden state."
+        )
+    features = features.reshape(n_images, rows, columns, channels)
+    features = nn.functional.pad(features, (0, 0, 0, -columns % factor, 0, -rows % factor))
+    rows, columns = features.shape[1] // factor, features.shape[2] // factor
+    features = features.reshape(n_images, rows, factor, columns, factor, channels)
+    features = features.permute(0, 1, 3, 2, 4, 5)  # (n_images, rows, columns, dy, dx, channels)
+    return features.reshape(n_images, rows * columns, factor * factor * channels)
+
+
+class SiQVLProjector(nn.Module):
+    """
+    Pixel shuffle followed by a projection to the width of the language model.
+
+    `config.projector_type` `"linear"` is `W x + b`, the report's projector. `"mlp"`, its future work, is
+    `h + V gelu(h) + c` with `h = W x + b`.
+    """
+
+    def __init__(self, config: SiQVLConfig):
+        super().__init__()
+        self.factor = config.pixel_shuffle_factor
+        width = config.text_config.hidden_size
+        self.linear = nn.Linear(config.vision_config.hidden_size * self.factor**2, width, bias=config.projector_bias)
+        self.residual = None
+        if config.projector_type == "mlp":
+            self.residual = nn.Sequential(nn.GELU(), nn.Linear(width, width, bias=config.projector_bias))
+
+    def forward(self, vision_features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """
+        Args:
+            vision_features (`torch.Tensor` of shape `(n_images, rows * columns, vision_hidden_size)`):
+                Last hidden state of the vision tower.
+            rows (`int`): Height of the grid of patches.
+            columns (`int`): Width of the grid of patches.
+
+        Returns:
+            `torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`.
+        """
+        hidden_states = pixel_shuffle(vision_features, rows, columns, self.factor)
+        if self.linear.weight.is_floating_point():  # a quantised weight takes any input type
+            hidden_states = hidden_states.to(self.linear.weight.dtype)
+        hidden_states = self.linear(hidden_states)
+        if self.residual is not None:
+            hidden_states = hidden_states + self.residual(hidden_states)
+        return hidden_states
+
+
+@dataclass
+class SiQVLModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Output of [`SiQVLModel`]: that of the language model, and the images.
+
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`, *optional*):
+            Projected image features, as they replaced the placeholders.
+    """
+
+    image_hidden_states: Optional[torch.Tensor] = None
+
+
+@dataclass
+class SiQVLCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    Output of [`SiQVLForConditionalGeneration`]: loss, logits and states as for any causal language model, and the images.
+
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`, *optional*):
+            Projected image features, as they replaced the placeholders.
+    """
+
+    image_hidden_states: Optional[torch.Tensor] = None
+
+
+class SiQVLPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving common to the SiQ-VL classes."""
+
+    config_class = SiQVLConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SiglipEncoderLayer", "Qwen2DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class SiQVLModel(SiQVLPreTrainedModel):
+    """
+    Vision tower, projector and language model, without the output layer.
+
+    Args:
+        config ([`SiQVLConfig`]): The configuration of the model.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
+
+    def __init__(self, config: SiQVLConfig):
+        super().__init__(config)
+        # transformers 4 nests the tower as `SiglipVisionModel.vision_model`, transformers 5 has it flat. Keeping the
+        # inner module gives the weights the same names on both.
+        tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = dict(tower.named_children()).get("vision_model", tower)
+        self.projector = SiQVLProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Optional[torch.Tensor] = None,
+        vision_features: Optional[torch.Tensor] = None,
+        **kwargs,
+    ) -> Union[tuple, BaseModelOutputWithPooling]:
+        """
+        Encodes images, or takes what the vision tower computed for them earlier, and projects them.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(n_images, 3, image_size, image_size)`, *optional*):
+                Images from the processor.
+            vision_features (`torch.Tensor` of shape `(n_images, n_patches, vision_hidden_size)`, *optional*):
+                Last hidden state of the vision tower for these images, in place of `pixel_values`.
+
+        Returns:
+            [`BaseModelOutputWithPooling`], or a tuple with `return_dict=False`: the tower's output as
+            `last_hidden_state`, of shape `(n_images, n_patches, vision_hidden_size)`, and the image tokens as
+            `pooler_output`, of shape `(n_images, n_tokens, text_hidden_size)`.
+
+        Raises:
+            ValueError: unless exactly one of the two inputs is given, with the shape that the configuration says.
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError(
+                "Got both or neither of pixel_values and vision_features, but images are given in one way: pass exactly one."
+            )
+        size = self.config.vision_config.image_size
+        side = size // self.config.vision_config.patch_size
+        if vision_features is None:
+            if pixel_values.shape[1:] != (3, size, size):
+                raise ValueError(
+                    f"pixel_values has the shape {tuple(pixel_values.shape)}, but must be (n_images, 3, {size}, {size}): "
+                    "prepare images with the processor of this checkpoint."
+                )
+            outputs = self.vision_tower(pixel_values=pixel_values, **{**kwargs, "return_dict": True})
+        else:
+            outputs = BaseModelOutputWithPooling(last_hidden_state=vision_features)
+        outputs.pooler_output = self.projector(outputs.last_hidden_state, side, side)
+        return outputs
+
+    def get_placeholder_mask(
+        self,
+        input_ids: Optional[torch.LongTensor],
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Finds the placeholders that image features replace, and checks that there are as many of one as of the other.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids; without them placeholders are recognised by their embedding.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, text_hidden_size)`): Embeddings.
+            image_features (`torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`): Projected images.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
+
+        Raises:
+            ValueError: if the counts differ.
+        """
+        mask = self._find_placeholders(input_ids, inputs_embeds)
+        n_placeholders = int(mask.sum())
+        n_features = image_features.shape[0] * image_features.shape[1]
+        if n_placeholders != n_features:
+            raise ValueError(
+                f"Image features and image tokens do not match: tokens: {n_placeholders}, features {n_features}. Each "
+                f"image needs {self.config.image_seq_length} placeholders: let the processor expand them, and do not "
+                "truncate inside an image."
+            )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def _find_placeholders(
+        self, input_ids: Optional[torch.LongTensor], inputs_embeds: Optional[torch.Tensor]
+    ) -> torch.BoolTensor:
+        """Marks image placeholders, in the shape `(batch_size, sequence_length)`."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = torch.tensor(self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+    def _zero_of_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        A zero, of shape `()`, that depends on every trainable weight of the vision side.
+
+        Added to a training batch without images, it leads the backward pass to the same weights on every process. A
+        stage that trains the projector alone would have nothing to differentiate, and distributed training would wait
+        for gradients that never come.
+        """
+        vision, factor = self.config.vision_config, self.config.pixel_shuffle_factor
+        if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            image = inputs_embeds.new_zeros(1, 3, vision.image_size, vision.image_size)
+            tokens = self.get_image_features(image, return_dict=True).pooler_output
+        else:
+            tokens = self.projector(inputs_embeds.new_zeros(1, factor * factor, vision.hidden_size), factor, factor)
+        return 0.0 * tokens.sum()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        pixel_values: Optional[torch.Tensor] = None,
+        vision_features: Optional[torch.Tensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        past_key_values: Optional[Cache] = None,
+        inputs_embeds: Optional[torch.Tensor] = None,
+        use_cache: Optional[bool] = None,
+        **kwargs,
+    ) -> Union[tuple, SiQVLModelOutputWithPast]:
+        """
+        See [`SiQVLForConditionalGeneration.forward`] for the arguments.
+
+        Returns:
+            [`SiQVLModelOutputWithPast`], with `last_hidden_state` of shape `(batch_size, sequence_length,
+            text_hidden_size)`.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; if the number of placeholders
+                does not fit the images; if packed rows are given in a way that would let them see each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Got both or neither of input_ids and inputs_embeds: pass exactly one.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        self._check_packing(position_ids, attention_mask, past_key_values, use_cache)
+
+        image_features = None
+        if pixel_values is not None or vision_features is not None:
+            image_features = self.get_image_features(pixel_values, vision_features, return_dict=True).pooler_output
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        elif input_ids is not None and input_ids.shape[1] > 1:
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_zeros(0, 0, 1))
+        if image_features is None and self.training:
+            inputs_embeds = inputs_embeds + self._zero_of_vision(inputs_embeds).to(inputs_embeds)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **{**kwargs, "return_dict": True},
+        )
+        return SiQVLModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    def _check_packing(
+        self,
+        position_ids: Optional[torch.LongTensor],
+        attention_mask: Optional[torch.Tensor],
+        past_key_values: Optional[Cache],
+        use_cache: Optional[bool],
+    ) -> None:
+        """
+        Refuses packed samples that would silently attend to each other.
+
+        Restarting `position_ids` keep the samples of a packed row apart only without a mask and a cache, and, with flash
+        attention, only in a batch of one row.
+        """
+        if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
+            return
+        cached = past_key_values is not None or (self.config.text_config.use_cache if use_cache is None else use_cache)
+        if attention_mask is None and not cached and position_ids.shape[0] == 1:
+            return
+        restarts = position_ids[:, 1:] <= position_ids[:, :-1]
+        if attention_mask is not None:
+            if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+                return  # made by the caller, who knows what it hides
+            visible = attention_mask[:, -position_ids.shape[1] :].bool()
+            restarts = restarts & visible[:, 1:] & visible[:, :-1]
+        if bool(restarts.any()):
+            raise ValueError(
+                "position_ids restart inside a row, but samples packed into a row would see each other in a batch of "
+                f"{position_ids.shape[0]} rows, attention_mask {'given' if attention_mask is not None else 'None'} and "
+                f"use_cache={bool(cached)}: pass one row, attention_mask=None and use_cache=False."
+            )
+
+
+class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
+    """
+    SiQ-VL with its output layer, for training and generation.
+
+    Args:
+        config ([`SiQVLConfig`]): The configuration of the model.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: SiQVLConfig):
+        super().__init__(config)
+        self.model = SiQVLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision_tower: str,
+        language_model: str,
+        *,
+        image_token_id: int = 151655,
+        vision_start_token_id: int = 151652,
+        vision_end_token_id: int = 151653,
+        projector_type: str = "linear",
+        dtype: Union[str, torch.dtype] = torch.float32,
+        **config_kwargs,
+    ) -> "SiQVLForConditionalGeneration":
+        """
+        Builds a new model from two pretrained backbones; its projector has fresh weights.
+
+        Args:
+            vision_tower (`str`):
+                Folder or Hub id of a `SiglipVisionModel`, or of a `SiglipModel`, whose vision part is taken. Its
+                attention-pooling head is dropped.
+            language_model (`str`):
+                Folder or Hub id of a causal language model.
+            image_token_id (`int`, defaults to 151655): Id of `<|image_pad|>` in the language model's tokenizer.
+            vision_start_token_id (`int`, defaults to 151652): Id of `<|vision_start|>`.
+            vision_end_token_id (`int`, defaults to 151653): Id of `<|vision_end|>`.
+            projector_type (`str`, defaults to `"linear"`): See [`SiQVLConfig`].
+            dtype (`str` or `torch.dtype`, defaults to `torch.float32`):
+                Type of all weights; `"auto"` takes the language model's. `torch_dtype` is accepted as another name.
+            config_kwargs: Further fields of [`SiQVLConfig`].
+
+        Returns:
+            [`SiQVLForConditionalGeneration`], in evaluation mode.
+
+        Raises:
+            ValueError: if a checkpoint is of another kind, or lacks weights.
+        """
+        dtype = config_kwargs.pop("torch_dtype", dtype)
+        decoder = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+        tower = _load_vision_tower(vision_tower, decoder.dtype)
+        config = SiQVLConfig(
+            vision_config=tower.config,
+            text_config=decoder.config,
+            projector_type=projector_type,
+            image_token_id=image_token_id,
+            vision_start_token_id=vision_start_token_id,
+            vision_end_token_id=vision_end_token_id,
+            **config_kwargs,
+        )
+        model = cls._from_config(config, dtype=decoder.dtype)
+        weights = {name.removeprefix("vision_model."): weight for name, weight in tower.state_dict().items()}
+        model.model.vision_tower.load_state_dict({k: v for k, v in weights.items() if not k.startswith("head.")})
+        model.model.language_model.load_state_dict(decoder.base_model.state_dict())
+        model.lm_head.load_state_dict(decoder.get_output_embeddings().state_dict())
+        # Only the ids: an instruct model's sampling settings were tuned for its own answers.
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.generation_config, name, getattr(decoder.generation_config, name))
+        return model.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(
+        self, pixel_values: Optional[torch.Tensor] = None, vision_features: Optional[torch.Tensor] = None, **kwargs
+    ) -> Union[tuple, BaseModelOutputWithPooling]:
+        """See [`SiQVLModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, vision_features, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        pixel_values: Optional[torch.Tensor] = None,
+        vision_features: Optional[torch.Tensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        past_key_values: Optional[Cache] = None,
+        inputs_embeds: Optional[torch.Tensor] = None,
+        labels: Optional[torch.LongTensor] = None,
+        use_cache: Optional[bool] = None,
+        logits_to_keep: Union[int, torch.Tensor] = 0,
+        **kwargs,
+    ) -> Union[tuple, SiQVLCausalLMOutputWithPast]:
+        """
+        Replaces the placeholders by projected image features and runs the language model.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids, with `config.image_seq_length` times `config.image_token_id` for each image. Samples may
+                have any number of images, none included.
+            pixel_values (`torch.Tensor` of shape `(n_images, 3, image_size, image_size)`, *optional*):
+                All images of the batch, in the order of their placeholders.
+            vision_features (`torch.Tensor` of shape `(n_images, n_patches, vision_hidden_size)`, *optional*):
+                Last hidden state of the vision tower, in place of `pixel_values`: with a frozen tower it can be
+                computed once and kept.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens, 0 for padding, which may be on either side (for generation: on the left).
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions. Several samples may be packed into one row by restarting positions, with
+                `attention_mask=None` and `use_cache=False`; the first label of each must be -100.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, text_hidden_size)`, *optional*):
+                Embeddings in place of `input_ids`.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids to predict, not shifted; -100 where no loss is wanted.
+            use_cache (`bool`, *optional*): Whether to return keys and values.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                Number of last positions, or their indices, for which logits are computed; 0 means all.
+            kwargs: Passed on to the language model and the loss, for instance `num_items_in_batch`.
+
+        Returns:
+            [`SiQVLCausalLMOutputWithPast`], or a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: see [`SiQVLModel.forward`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            vision_features=vision_features,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **{**kwargs, "return_dict": True},
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return SiQVLCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Optional[Cache] = None,
+        inputs_embeds: Optional[torch.Tensor] = None,
+        pixel_values: Optional[torch.Tensor] = None,
+        vision_features: Optional[torch.Tensor] = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """Adds the images whose placeholders are among the tokens that the next step reads, and no others."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        images = {"pixel_values": pixel_values, "vision_features": vision_features}
+        images = {name: value for name, value in images.items() if value is not None}
+        new_ids = inputs["input_ids"]
+        if new_ids is None or not images:
+            inputs.update(images)
+        elif new_ids.shape[1] >= self.config.image_seq_length:  # a single decoded token cannot hold an image
+            total, new = self._images_per_sample(input_ids), self._images_per_sample(new_ids)
+            if any(new):
+                inputs.update({name: _last_of_each_sample(value, total, new) for name, value in images.items()})
+        return inputs
+
+    def _images_per_sample(
+        self, input_ids: Optional[torch.LongTensor], inputs_embeds: Optional[torch.Tensor] = None
+    ) -> list[int]:
+        """Number of images in each sample of a batch of ids or embeddings, `(batch_size, sequence_length, ...)`."""
+        if inputs_embeds is not None:
+            input_ids = None
+        placeholders = self.model._find_placeholders(input_ids, inputs_embeds).sum(dim=1)
+        return (placeholders // self.config.image_seq_length).tolist()
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Optional[torch.LongTensor] = None,
+        **model_kwargs,
+    ) -> tuple[Optional[torch.LongTensor], dict[str, Any]]:
+        """
+        Repeats each sample `expand_size` times for beams or several return sequences.
+
+        Images are flat over the batch, so the images of a sample are repeated as a group. They are encoded here, once,
+        and the copies share the vision features.
+        """
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        vision_features = model_kwargs.pop("vision_features", None)
+        if expand_size > 1 and pixel_values is not None:
+            vision_features = self.get_image_features(pixel_values, return_dict=True).last_hidden_state
+            pixel_values = None
+        if expand_size > 1 and vision_features is not None:
+            counts = self._images_per_sample(input_ids, model_kwargs.get("inputs_embeds"))
+            if sum(counts) != vision_features.shape[0]:
+                raise ValueError(
+                    f"Image features and image tokens do not match: the prompts have placeholders for {sum(counts)} "
+                    f"images, but {vision_features.shape[0]} were given: pass every image of the prompts, in order."
+                )
+            groups = vision_features.split(counts)
+            vision_features = torch.cat([group for group in groups for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        if vision_features is not None:
+            model_kwargs["vision_features"] = vision_features
+        return input_ids, model_kwargs
+
+
+def _last_of_each_sample(images: torch.Tensor, total: list[int], new: list[int]) -> torch.Tensor:
+    """
+    Keeps the images of the tokens that a cache does not hold yet.
+
+    Args:
+        images (`torch.Tensor` of shape `(n_images, ...)`): Images, flat over the batch.
+        total (`list[int]`): Images in each sample's whole sequence.
+        new (`list[int]`): Images in the tokens to be read, which end the sequence.
+
+    Returns:
+        `torch.Tensor` of shape `(sum(new), ...)`, or `images` itself where they are not those of the whole sequence.
+    """
+    if total == new or images.shape[0] != sum(total):
+        return images
+    kept = [index >= count - wanted for count, wanted in zip(total, new, strict=True) for index in range(count)]
+    return images[torch.tensor(kept, device=images.device)]
+
+
+class _VisionPart(SiglipVisionModel):
+    """A `SiglipVisionModel` that takes its part of a whole SigLIP checkpoint without complaint about the rest."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_(scale|bias)$"]
+
+
+def _load_vision_tower(path: str, dtype: torch.dtype) -> SiglipVisionModel:
+    """Loads the vision part of a SigLIP checkpoint, and makes sure that all its weights were there."""
+    model_type = AutoConfig.from_pretrained(path).model_type
+    if model_type not in ("siglip", "siglip_vision_model"):
+        raise ValueError(
+            f"{path} is a checkpoint of type {model_type!r}, but the vision tower must be 'siglip' or "
+            "'siglip_vision_model': use a SigLIP or fixed-resolution SigLIP-2 checkpoint."
+        )
+    tower, loading = _VisionPart.from_pretrained(
+        path,
+        dtype=dtype,
+        output_loading_info=True,
+        # transformers 5 saves the tower without the prefix that transformers 4 expects, which would load random weights.
+        key_mapping={r"^(embeddings|encoder|post_layernorm|head)\.": r"vision_model.\1."},
+    )
+    missing = [name for name in loading["missing_keys"] if not name.removeprefix("vision_model.").startswith("head.")]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights of the vision tower, {missing[0]} for one: save it again."
+        )
+    return tower
+
+
+SiQVLModel.register_for_auto_class("AutoModel")
+SiQVLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = [
+    "SiQVLForConditionalGeneration",
+    "SiQVLModel",
+    "SiQVLPreTrainedModel",
+    "SiQVLProjector",
+    "pixel_shuffle",
+]

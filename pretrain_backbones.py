@@ -1,0 +1,162 @@
+"""
+Stage 0: pretrain the tiny backbones that stand in for SigLIP-2 and Qwen2.5, and write them to `backbones/`.
+
+    python pretrain_backbones.py --phase text     # the language model, on text alone
+    python pretrain_backbones.py --phase vision   # the vision tower, with a dense sigmoid loss
+    python pretrain_backbones.py --phase captions # the language model again: captions between the text
+    python pretrain_backbones.py --phase export   # check the gates, write backbones/
+
+`text` and `vision` are independent of each other; `captions` needs both. Every phase resumes where it was stopped, runs
+on a GPU where there is one, and logs its losses and seconds to `outputs/backbones/<phase>/log.jsonl`.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from siq_vl.pretraining import captions, loop, text, vision
+from siq_vl.pretraining.gates import failures, gate_accuracies
+from siq_vl.pretraining.tokenizer import train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer, trained on first use and the same ever after."""
+    if not (folder / "tokenizer.json").exists():
+        train_tokenizer(text.corpus()).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def load_module(folder: Path, module: torch.nn.Module) -> torch.nn.Module:
+    """Load the weights that a phase has reached into `module`."""
+    path = folder / "state.pt"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: run `--phase {folder.name}` first")
+    module.load_state_dict(torch.load(path, weights_only=True)["module"])
+    return module
+
+
+def train_text(options: argparse.Namespace, device: torch.device) -> None:
+    """Train the language model on text."""
+    tokenizer = load_tokenizer(options.work / "tokenizer")
+    model = text.language_model(tokenizer).to(device)
+    batch_at = text.TextBatches(tokenizer, options.batch_size, options.seed, drill_steps=text.DRILL_STEPS)
+
+    def losses_at(step: int) -> loop.Losses:
+        return {"text": model(**{name: tensor.to(device) for name, tensor in batch_at(step).items()}).loss}
+
+    loop.run(model, losses_at, options.work / "text", steps=options.steps, learning_rate=options.learning_rate)
+
+
+def train_vision(options: argparse.Namespace, device: torch.device) -> None:
+    """Train the vision tower on the words of each cell."""
+    words = vision.figure_words()
+    word_ids = {word: index for index, word in enumerate(words)}
+    model = vision.TowerWithWordHead(len(words)).to(device)
+    size = options.batch_size
+
+    def losses_at(step: int) -> loop.Losses:
+        samples = [vision.figures.sample("train", step * size + offset, seed=options.seed) for offset in range(size)]
+        return {"words": model(vision.pixel_batch(samples).to(device), vision.cell_words(samples, word_ids).to(device))}
+
+    loop.run(model, losses_at, options.work / "vision", steps=options.steps, learning_rate=options.learning_rate)
+    samples = [vision.figures.sample("test", index, seed=-1, hard=False) for index in range(600)]
+    logger.info("cells read exactly, unseen pictures: %.3f", vision.read_accuracy(model.cpu().eval(), words, samples))
+
+
+def build_captioner(work: Path, reached: str) -> tuple[captions.Captioner, PreTrainedTokenizerFast]:
+    """Return the captioner with the language model of phase `reached`, `"text"` or `"captions"`."""
+    tokenizer = load_tokenizer(work / "tokenizer")
+    tower = load_module(work / "vision", vision.TowerWithWordHead(len(vision.figure_words()))).tower
+    language_model = text.language_model(tokenizer)
+    model = captions.Captioner(tower, language_model, tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    load_module(work / reached, language_model if reached == "text" else model)
+    return model, tokenizer
+
+
+def train_captions(options: argparse.Namespace, device: torch.device) -> None:
+    """Train the language model on captions and text in turn."""
+    model, tokenizer = build_captioner(options.work, "text")
+    model.to_device(device)
+    seed, size = options.seed + 1, options.batch_size
+    text_at = text.TextBatches(tokenizer, size // 2, seed)
+
+    def losses_at(step: int) -> loop.Losses:
+        pixels, rows = captions.caption_batch(tokenizer, step, size, seed)
+        rows = {name: tensor.to(device) for name, tensor in rows.items()}
+        told = {name: tensor.to(device) for name, tensor in text_at(step).items()}
+        return {"caption": model.caption_loss(pixels.to(device), rows), "text": model.language_model(**told).loss}
+
+    loop.run(model, losses_at, options.work / "captions", steps=options.steps, learning_rate=options.learning_rate)
+
+
+def export(options: argparse.Namespace, device: torch.device) -> None:
+    """Check the language model's gates on text, then write both backbones and what was measured of them."""
+    words = vision.figure_words()
+    with_head = load_module(options.work / "vision", vision.TowerWithWordHead(len(words))).eval()
+    samples = [vision.figures.sample("test", index, seed=-1, hard=False) for index in range(600)]
+    read = vision.read_accuracy(with_head, words, samples)
+    logger.info("vision tower: cells read exactly, unseen pictures: %.3f", read)
+    model, tokenizer = build_captioner(options.work, "captions")
+    accuracies = gate_accuracies(model.language_model.to(device), tokenizer)
+    for name, row in accuracies.items():
+        logger.info(
+            "%-24s direct %.2f  steps %.2f  (%d questions)", name, row["direct"], row["steps"], row["questions"]
+        )
+    missed = failures(accuracies)
+    if missed:
+        logger.warning("the language model misses gates on text; train `--phase text` longer: %s", "; ".join(missed))
+    tower_folder, text_folder = options.backbones / "siglip2-tiny", options.backbones / "qwen2.5-tiny"
+    with_head.tower.save_pretrained(tower_folder)
+    vision.image_processor().save_pretrained(tower_folder)
+    model.language_model.cpu().save_pretrained(text_folder)
+    tokenizer.save_pretrained(text_folder)
+    logs = {
+        phase: (options.work / phase / "log.jsonl").read_text().splitlines() for phase in ("text", "vision", "captions")
+    }
+    measured = {
+        "cells_read": read,
+        "gates": accuracies,
+        "gates_missed": missed,
+        "training": {phase: json.loads(lines[-1]) for phase, lines in logs.items()},
+    }
+    (options.backbones / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
+
+
+PHASES = {
+    "text": (train_text, {"steps": 1600, "batch_size": 32, "learning_rate": 1.5e-3}),
+    "vision": (train_vision, {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3}),
+    "captions": (train_captions, {"steps": 600, "batch_size": 32, "learning_rate": 7e-4}),
+    "export": (export, {}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--phase", choices=tuple(PHASES), required=True)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--work", type=Path, default=Path("outputs/backbones"))
+    parser.add_argument("--backbones", type=Path, default=Path("backbones"))
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    function, defaults = PHASES[options.phase]
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    function(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""What every script does around its `main`: logging, and one-line errors that name the fix."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a `ValueError` becomes one line on stderr and exit status 2.
+
+    With `SIQ_VL_DEBUG=1` in the environment the error is raised with its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "datasets", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("SIQ_VL_DEBUG") == "1":
+            raise
+        line = " ".join(str(error).split())
+        sys.exit(f"error: {line}")

@@ -1,0 +1,124 @@
+"""What a drawn figure is: its facts, the caption that states them, and the questions they answer."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar, Self
+
+from PIL import Image
+
+Fact = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a figure, with its exact answer and the reasoning that leads there.
+
+    Attributes:
+        type: what is asked (`"color"`, `"sum"`, ...), the unit of the evaluation's finest table.
+        text: the question as put to the model.
+        answer: the gold answer, one or two words.
+        steps: the reasoning, one look-up or calculation a step; every stated fact is written as in the caption.
+        multi_step: whether more than one look-up, or any arithmetic, is needed.
+        hard: whether the question belongs to the reported-only hard row.
+    """
+
+    type: str
+    text: str
+    answer: str
+    steps: tuple[str, ...]
+    multi_step: bool = False
+    hard: bool = False
+
+
+@dataclass(frozen=True)
+class Figure(ABC):
+    """A figure's content, from which the picture and every text follow."""
+
+    domain: ClassVar[str]
+    kind: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def sample(cls, rng: Random) -> Self:
+        """Draw the content at random."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> tuple[Fact, ...]:
+        """The facts in reading order, each a tuple of words: the key right before its value."""
+
+    @property
+    @abstractmethod
+    def held_out(self) -> bool:
+        """Whether the content holds a combination that no training picture shows."""
+
+    @abstractmethod
+    def questions(self, rng: Random) -> list[Question]:
+        """Return one question of every type that this content can answer."""
+
+    @abstractmethod
+    def draw(self, rng: Random) -> Image.Image:
+        """Return the picture, `drawing.SIZE` pixels square; `rng` moves and tints, it changes no fact."""
+
+    @abstractmethod
+    def cells(self) -> dict[tuple[int, int], Fact]:
+        """Map (row, column) of `drawing.CELL`-pixel cells to the fact that can be read there."""
+
+    @property
+    def hard(self) -> bool:
+        """Whether the figure belongs to the reported-only hard row."""
+        return False
+
+    @property
+    def caption(self) -> str:
+        """The dense caption: every fact, in reading order."""
+        return f"{self.kind}: " + ", ".join(" ".join(fact) for fact in self.facts)
+
+
+def phrase(rng: Random, *wordings: str) -> str:
+    """Return one of several wordings of the same question."""
+    return rng.choice(wordings)
+
+
+def compare_and_add(
+    rng: Random, entries: tuple[tuple[str, int], ...], wordings: dict[str, tuple[str, ...]]
+) -> list[Question]:
+    """Return the questions that any list of (label, value) pairs answers, in a domain's own wordings.
+
+    Args:
+        rng: picks the entries asked about and the wording.
+        entries: two or more (label, value) pairs with distinct labels and distinct values.
+        wordings: for each of `value`, `compare`, `yes_no`, `difference`, `sum`, `maximum` and `minimum` some
+            sentences, in which `{a}` and `{b}` stand for labels.
+    """
+    (a, x), (b, y) = rng.sample(entries, 2)
+    high, low = (a, b) if x > y else (b, a)
+    read = (f"{a} {x}", f"{b} {y}")
+    order = f"{max(x, y)} > {min(x, y)}"
+    everything = ", ".join(f"{label} {value}" for label, value in entries)
+    top = max(entries, key=lambda entry: entry[1])
+    bottom = min(entries, key=lambda entry: entry[1])
+
+    def ask(kind: str) -> str:
+        return phrase(rng, *wordings[kind]).format(a=a, b=b)
+
+    return [
+        Question("value", ask("value"), str(x), (f"{a} {x}",)),
+        Question("compare", ask("compare"), high, (*read, order, high), multi_step=True),
+        Question("yes_no", ask("yes_no"), "yes" if x > y else "no", (*read, order, high), multi_step=True),
+        Question("difference", ask("difference"), str(abs(x - y)), (*read, f"{max(x, y)} - {min(x, y)} = {abs(x - y)}"), multi_step=True),
+        Question("sum", ask("sum"), str(x + y), (*read, f"{x} + {y} = {x + y}"), multi_step=True),
+        Question("maximum", ask("maximum"), top[0], (everything, f"most {top[1]}", f"{top[0]} {top[1]}"), multi_step=True),
+        Question("minimum", ask("minimum"), bottom[0], (everything, f"least {bottom[1]}", f"{bottom[0]} {bottom[1]}"), multi_step=True),
+    ]  # fmt: skip
+
+
+def total(entries: tuple[tuple[str, int], ...], text: str) -> Question:
+    """Return the question for the sum of three or more values, part of the hard row."""
+    everything = ", ".join(f"{label} {value}" for label, value in entries)
+    running, steps = entries[0][1], [everything]
+    for _, value in entries[1:]:
+        steps.append(f"{running} + {value} = {running + value}")
+        running += value
+    return Question("total", text, str(running), tuple(steps), multi_step=True, hard=True)

@@ -1,0 +1,131 @@
+"""Scenes: one to four coloured objects, each in its own quarter. Mirrors COCO-QA's four question types."""
+
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar, Self
+
+from PIL import Image
+
+from siq_vl.data.figures.drawing import OBJECT_PAINTERS, canvas, shade
+from siq_vl.data.figures.figure import Fact, Figure, Question, phrase
+from siq_vl.data.figures.lexicon import COLORS, HELD_OUT_OBJECTS, OBJECTS, PLACES
+
+_BACKGROUNDS = ((246, 246, 240), (226, 240, 250), (232, 246, 228), (250, 240, 224), (240, 232, 246))
+_NEIGHBOURS = {
+    "left of": {"top-right": "top-left", "bottom-right": "bottom-left"},
+    "right of": {"top-left": "top-right", "bottom-left": "bottom-right"},
+    "above": {"bottom-left": "top-left", "bottom-right": "top-right"},
+    "below": {"top-left": "bottom-left", "top-right": "bottom-right"},
+}
+
+
+@dataclass(frozen=True)
+class Scene(Figure):
+    """Objects as (object, color, place); objects are distinct, colours may repeat."""
+
+    objects: tuple[tuple[str, str, str], ...]
+
+    domain: ClassVar[str] = "scenes"
+    kind: ClassVar[str] = "scene"
+
+    @classmethod
+    def sample(cls, rng: Random) -> Self:
+        count = rng.choice((1, 2, 3, 3, 4, 4))
+        places = sorted(rng.sample(range(4), count))
+        names = rng.sample(OBJECTS, count)
+        palette = rng.sample(tuple(COLORS), 3)
+        return cls(tuple((name, rng.choice(palette), PLACES[place]) for name, place in zip(names, places, strict=True)))
+
+    @property
+    def facts(self) -> tuple[Fact, ...]:
+        return self.objects
+
+    @property
+    def held_out(self) -> bool:
+        return any((color, name) in HELD_OUT_OBJECTS for name, color, _ in self.objects)
+
+    def cells(self) -> dict[tuple[int, int], Fact]:
+        found = {}
+        for fact in self.objects:
+            row, column = divmod(PLACES.index(fact[2]), 2)
+            for dy in (0, 1):
+                for dx in (0, 1):
+                    found[2 * row + dy, 2 * column + dx] = fact
+        return found
+
+    def draw(self, rng: Random) -> Image.Image:
+        image, pen = canvas(rng.choice(_BACKGROUNDS))
+        for name, color, place in self.objects:
+            row, column = divmod(PLACES.index(place), 2)
+            x, y = 24 + 48 * column + rng.randint(-3, 3), 24 + 48 * row + rng.randint(-3, 3)
+            OBJECT_PAINTERS[name](pen, x, y, rng.randint(16, 20), shade(color, rng))
+        return image
+
+    def questions(self, rng: Random) -> list[Question]:
+        name, color, place = rng.choice(self.objects)
+        read = (f"{name} {color} {place}",)
+        asked = [
+            Question("color", phrase(rng, f"What color is the {name}?", f"Which color does the {name} have?"), color, read),
+            Question("location", phrase(rng, f"Where is the {name}?", f"In which place is the {name}?"), place, read),
+            Question("object", phrase(rng, f"What is {place}?", f"Which object is {place}?"), name, read),
+            self._count_all(rng),
+            self._count_color(rng),
+            self._exists(rng),
+        ]  # fmt: skip
+        if sum(other == color for _, other, _ in self.objects) == 1:
+            text = phrase(rng, f"Which object is {color}?", f"What is {color}?")
+            asked.append(Question("object", text, name, read))
+        asked.extend(self._relations(rng))
+        if len(self.objects) > 1:
+            asked.append(self._same_color(rng))
+        return asked
+
+    def _count_all(self, rng: Random) -> Question:
+        listed = ", ".join(f"{number} {name}" for number, (name, _, _) in enumerate(self.objects, 1))
+        text = phrase(rng, "How many objects are there?", "What is the number of objects?")
+        return Question("number", text, str(len(self.objects)), (listed,), multi_step=True)
+
+    def _count_color(self, rng: Random) -> Question:
+        # Mostly a colour of the scene, the commonest half of the time, so that the answer is not nearly always 1.
+        colors = [color for _, color, _ in self.objects]
+        color = max(colors, key=colors.count) if rng.random() < 0.5 else rng.choice(colors)
+        if rng.random() < 0.15:
+            color = rng.choice([absent for absent in COLORS if absent not in colors])
+        named = [name for name, other, _ in self.objects if other == color]
+        step = ", ".join(f"{number} {name} {color}" for number, name in enumerate(named, 1)) or f"no {color}"
+        text = phrase(rng, f"How many objects are {color}?", f"What is the number of {color} objects?")
+        return Question("number", text, str(len(named)), (step,), multi_step=True)
+
+    def _exists(self, rng: Random) -> Question:
+        colors = {name: color for name, color, _ in self.objects}
+        name = rng.choice(tuple(colors)) if rng.random() < 0.8 else rng.choice(OBJECTS)
+        color = colors[name] if name in colors and rng.random() < 0.6 else rng.choice(tuple(COLORS))
+        step = f"{name} {colors[name]}" if name in colors else f"no {name}"
+        article = "an" if color[0] in "aeiou" else "a"
+        text = phrase(rng, f"Is there {article} {color} {name}?", f"Does the picture show {article} {color} {name}?")
+        return Question("yes_no", text, "yes" if colors.get(name) == color else "no", (step,))
+
+    def _same_color(self, rng: Random) -> Question:
+        (a, color_a, _), (b, color_b, _) = rng.sample(self.objects, 2)
+        answer = "yes" if color_a == color_b else "no"
+        text = phrase(rng, f"Do the {a} and the {b} have the same color?", f"Are the {a} and the {b} of one color?")
+        return Question("same_color", text, answer, (f"{a} {color_a}", f"{b} {color_b}"), multi_step=True)
+
+    def _relations(self, rng: Random) -> list[Question]:
+        at = {place: (name, color) for name, color, place in self.objects}
+        pairs = [
+            (relation, anchor, neighbours[anchor])
+            for relation, neighbours in _NEIGHBOURS.items()
+            for anchor in at
+            if neighbours.get(anchor) in at
+        ]
+        if not pairs:
+            return []
+        relation, anchor, place = rng.choice(pairs)
+        (anchor_name, anchor_color), (name, color) = at[anchor], at[place]
+        steps = (f"{anchor_name} {anchor_color} {anchor}", f"{relation} {place}", f"{name} {color} {place}")
+        if rng.random() < 0.5:
+            return [Question("object", f"What is {relation} the {anchor_name}?", name, steps, multi_step=True)]
+        return [
+            Question("color", f"What color is the object {relation} the {anchor_name}?", color, steps, multi_step=True)
+        ]

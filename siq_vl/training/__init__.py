@@ -1,0 +1,1 @@
+"""The three training stages: their recipes, what each freezes, and the checkpoints they leave."""

@@ -1,0 +1,160 @@
+"""Tiny models, tokenizers, processors and checkpoints, all made in memory from random weights: offline, on CPU."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO_ROOT))
+
+from siq_vl.configuration_siq_vl import SiQVLConfig  # noqa: E402
+from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration  # noqa: E402
+from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402
+
+if transformers.__version__.startswith("4."):
+    from transformers import SiglipImageProcessor
+else:
+    from transformers import SiglipImageProcessorPil as SiglipImageProcessor
+
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TEXT = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Qwen's special tokens and no merges to speak of."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["system user assistant What is shown here?"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=SPECIAL_TOKENS[1:],
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def special_ids(tokenizer) -> dict[str, int]:
+    """The ids that a `SiQVLConfig` needs."""
+    return {
+        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    }
+
+
+@pytest.fixture
+def processor() -> SiQVLProcessor:
+    """A processor of its own for each test: 4 tokens for an image of 32 x 32 pixels."""
+    template = (REPO_ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    image_processor = SiglipImageProcessor(size={"height": VISION["image_size"], "width": VISION["image_size"]})
+    return SiQVLProcessor(
+        image_processor, tokenizer, chat_template=template, patch_size=VISION["patch_size"], pixel_shuffle_factor=2
+    )
+
+
+@pytest.fixture
+def make_config(tokenizer, special_ids):
+    """Makes a tiny `SiQVLConfig`; `vision` and `text` change fields of the sub-configurations."""
+
+    def make(vision=None, text=None, **kwargs) -> SiQVLConfig:
+        return SiQVLConfig(
+            vision_config={**VISION, **(vision or {})},
+            text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(tokenizer), **(text or {})},
+            **{**special_ids, **kwargs},
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_config, tokenizer):
+    """Makes a tiny model in evaluation mode, with weights large enough for outputs that depend on the inputs."""
+
+    def make(seed=0, **kwargs) -> SiQVLForConditionalGeneration:
+        torch.manual_seed(seed)
+        model = SiQVLForConditionalGeneration(make_config(**kwargs))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.3, generator=generator)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def make_image():
+    """Makes an RGB image of coloured noise; each seed has a colour of its own."""
+
+    def make(seed=0, size=(32, 32)) -> Image.Image:
+        width, height = size
+        generator = np.random.default_rng(seed)
+        colour = generator.integers(0, 192, 3)
+        return Image.fromarray((colour + generator.integers(0, 64, (height, width, 3))).astype(np.uint8))
+
+    return make
+
+
+@pytest.fixture
+def backbones(tmp_path, processor) -> dict[str, str]:
+    """Folders of a tiny vision tower, with its pooling head, and a tiny language model."""
+    torch.manual_seed(0)
+    vision, language = tmp_path / "vision", tmp_path / "language"
+    SiglipVisionModel(SiglipVisionConfig(**VISION)).save_pretrained(vision)
+    processor.image_processor.save_pretrained(vision)
+    text_config = Qwen2Config(
+        **TEXT, vocab_size=len(processor.tokenizer), eos_token_id=processor.tokenizer.eos_token_id
+    )
+    Qwen2ForCausalLM(text_config).save_pretrained(language)
+    processor.tokenizer.save_pretrained(language)
+    return {"vision_tower": str(vision), "language_model": str(language)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_model, processor) -> Path:
+    """Folder of a saved tiny model and its processor."""
+    folder = tmp_path / "checkpoint"
+    make_model().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
