@@ -45,7 +45,7 @@ def train_text(options: argparse.Namespace, device: torch.device) -> None:
     """Train the language model on text."""
     tokenizer = load_tokenizer(options.work / "tokenizer")
     model = text.language_model(tokenizer).to(device)
-    batch_at = text.TextBatches(tokenizer, options.batch_size, options.seed, drill_steps=text.DRILL_STEPS)
+    batch_at = text.TextBatches(tokenizer, options.batch_size, options.seed, drills_first=True)
 
     def losses_at(step: int) -> loop.Losses:
         return {"text": model(**{name: tensor.to(device) for name, tensor in batch_at(step).items()}).loss}
@@ -129,7 +129,7 @@ def export(options: argparse.Namespace, device: torch.device) -> None:
 
 
 PHASES = {
-    "text": (train_text, {"steps": 1600, "batch_size": 32, "learning_rate": 1.5e-3}),
+    "text": (train_text, {"steps": 1800, "batch_size": 32, "learning_rate": 1.5e-3}),
     "vision": (train_vision, {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3}),
     "captions": (train_captions, {"steps": 600, "batch_size": 32, "learning_rate": 7e-4}),
     "export": (export, {}),

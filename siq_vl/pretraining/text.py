@@ -12,9 +12,10 @@ from siq_vl.data.figures.charts import MAX_VALUE
 from siq_vl.data.figures.figure import Figure, Question
 
 TURNS = 4  # questions asked about each description
-DRILL_STEPS = 300  # training steps on drills alone, before the first question
-EASY_DRILLS = 0.5  # share of these that are about charts alone: one kind of list is where looking up is learnt fastest
-DRILL_SHARE = 0.1  # share of drills among the rows after that
+# Before the first question come drills, easy ones first: (training steps, domain, sums a drill). One kind of list is
+# where looking up is learnt fastest; drills on all kinds from the start had not taught it after three times as long.
+DRILLS = ((300, "charts", 0), (300, None, 0), (300, None, 8))
+DRILL_SHARE = 0.2  # share of the last kind of drill among the rows after that
 STEP_BY_STEP = "Think step by step."
 READ_FIRST = "Read everything, then think step by step."
 
@@ -63,21 +64,22 @@ def conversation(split: str, index: int, seed: int) -> list[tuple[str, str]]:
     return [(f"{sample.figure.caption}\n{first}", response), *rest]
 
 
-def drill(split: str, index: int, seed: int, domain: str | None = None) -> str:
-    """Return text with nothing but look-ups and sums: a description and its facts restated at random, then arithmetic.
+def drill(split: str, index: int, seed: int, domain: str | None, sums: int) -> str:
+    """Return text with nothing but look-ups and sums: a description, its facts restated at random, then arithmetic.
 
     It teaches, many times a line, what every question needs: the value that stands after a key.
     """
     sample = figures.sample(split, index, seed=seed, domain=domain)
     rng = Random(f"{sample.seed}/drill")
     facts = [" ".join(fact) for fact in sample.figure.facts]
-    restated = [rng.choice(facts) for _ in range(12)]
-    sums = []
-    for _ in range(4):
-        a, b = rng.sample(range(1, MAX_VALUE + 1), 2)
-        more, less = max(a, b), min(a, b)
-        sums.append(rng.choice((f"{a} + {b} = {a + b}", f"{more} - {less} = {more - less}", f"{more} > {less}")))
-    return f"{sample.figure.caption}. " + ". ".join([*restated, *sums])
+    restated = [rng.choice(facts) for _ in range(14)]
+    return f"{sample.figure.caption}. " + ". ".join([*restated, *(_arithmetic(rng) for _ in range(sums))])
+
+
+def _arithmetic(rng: Random) -> str:
+    a, b = rng.sample(range(1, MAX_VALUE + 1), 2)
+    more, less = max(a, b), min(a, b)
+    return rng.choice((f"{a} + {b} = {a + b}", f"{more} - {less} = {more - less}", f"{more} > {less}"))
 
 
 def encode_drill(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[int]]:
@@ -110,14 +112,14 @@ def pad(rows: list[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str,
 
 
 class TextBatches:
-    """Batches by training step: drills first, then conversations with some drills among them.
+    """Batches by training step: drills first where asked for, then conversations with some drills among them.
 
     Four steps' rows are sorted by length together, to pad little.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, drill_steps: int = 0) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, drills_first: bool = False) -> None:
         self._tokenizer, self._size, self._seed = tokenizer, size, seed
-        self._drills = drill_steps * size
+        self._drills_first = drills_first
         self._bucket_at = lru_cache(maxsize=1)(self._bucket)
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
@@ -134,10 +136,20 @@ class TextBatches:
         return [row for part in parts for row in part]
 
     def _row(self, index: int) -> tuple[list[int], list[int]]:
-        if index < self._drills or index % round(1 / DRILL_SHARE) == 0:
-            domain = "charts" if index < EASY_DRILLS * self._drills else None
-            return encode_drill(self._tokenizer, drill("train", index, self._seed, domain))
-        return encode(self._tokenizer, conversation("train", index, self._seed))
+        kind = self._drill_kind(index)
+        if kind is None:
+            return encode(self._tokenizer, conversation("train", index, self._seed))
+        return encode_drill(self._tokenizer, drill("train", index, self._seed, *kind))
+
+    def _drill_kind(self, index: int) -> tuple[str | None, int] | None:
+        """Return domain and number of sums of the drill at `index`, None where a conversation stands."""
+        if self._drills_first:
+            end = 0
+            for steps, domain, sums in DRILLS:
+                end += steps * self._size
+                if index < end:
+                    return domain, sums
+        return DRILLS[-1][1:] if index % round(1 / DRILL_SHARE) == 0 else None
 
 
 def corpus(rows: int = 40_000) -> list[str]:
