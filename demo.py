@@ -26,7 +26,7 @@ from siq_vl.evaluation.tables import accuracy_table, caption_table, difference_l
 OUT = Path("outputs/tiny")
 EVALUATION = OUT / "evaluation"
 # The control sees more rows than stage 3, because its rows are shorter: it must train for at least as long.
-CONTROL_STEPS = 600
+CONTROL_STEPS = 850
 SHOWN = 12
 
 TRAINING = {

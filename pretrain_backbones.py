@@ -45,7 +45,7 @@ def train_text(options: argparse.Namespace, device: torch.device) -> None:
     """Train the language model on text."""
     tokenizer = load_tokenizer(options.work / "tokenizer")
     model = text.language_model(tokenizer).to(device)
-    batch_at = text.TextBatches(tokenizer, options.batch_size, options.seed, drills_first=True)
+    batch_at = text.TextBatches(tokenizer, options.batch_size, options.seed, plan=text.TEXT_PLAN)
 
     def losses_at(step: int) -> loop.Losses:
         return {"text": model(**{name: tensor.to(device) for name, tensor in batch_at(step).items()}).loss}
@@ -84,7 +84,7 @@ def train_captions(options: argparse.Namespace, device: torch.device) -> None:
     model, tokenizer = build_captioner(options.work, "text")
     model.to_device(device)
     seed, size = options.seed + 1, options.batch_size
-    text_at = text.TextBatches(tokenizer, size // 2, seed)
+    text_at = text.TextBatches(tokenizer, options.text_batch_size, seed, plan=text.CAPTIONS_PLAN)
 
     def losses_at(step: int) -> loop.Losses:
         pixels, rows = captions.caption_batch(tokenizer, step, size, seed)
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--phase", choices=tuple(PHASES), required=True)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--text_batch_size", type=int, default=16, help="rows of text beside the captions' batch")
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")

@@ -1,6 +1,7 @@
 """Pretraining the tiny language model on text: to answer questions about a description, directly or step by step."""
 
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
@@ -12,10 +13,23 @@ from siq_vl.data.figures.charts import MAX_VALUE
 from siq_vl.data.figures.figure import Figure, Question
 
 TURNS = 4  # questions asked about each description
-# Before the first question come drills, easy ones first: (training steps, domain, sums a drill). One kind of list is
-# where looking up is learnt fastest; drills on all kinds from the start had not taught it after three times as long.
-DRILLS = ((300, "charts", 0), (300, None, 0), (300, None, 8))
-DRILL_SHARE = 0.2  # share of the last kind of drill among the rows after that
+DRILL_SHARE = 0.2  # share of drills, sums included, among the conversations
+
+
+@dataclass(frozen=True)
+class Drills:
+    """A stretch of training on drills alone: about one domain or all, with or without sums."""
+
+    steps: int
+    domain: str | None = None
+    sums: int = 0
+
+
+# A plan is what the batches of a phase hold, stretch by stretch: drills, or (a number) steps of conversations; when it
+# ends, conversations go on. One kind of list is where looking up is learnt fastest: drills on all kinds from the start
+# had not taught it after three times as long.
+TEXT_PLAN = (Drills(300, "charts"), Drills(300), Drills(300, sums=8))
+CAPTIONS_PLAN = (700, Drills(300), Drills(200, "documents"), Drills(300, "scenes"), Drills(150))
 STEP_BY_STEP = "Think step by step."
 READ_FIRST = "Read everything, then think step by step."
 
@@ -112,14 +126,16 @@ def pad(rows: list[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str,
 
 
 class TextBatches:
-    """Batches by training step: drills first where asked for, then conversations with some drills among them.
+    """Batches by training step: the stretches of a plan, then conversations with some drills among them.
 
     Four steps' rows are sorted by length together, to pad little.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, drills_first: bool = False) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, plan: tuple[Drills | int, ...] = ()
+    ) -> None:
         self._tokenizer, self._size, self._seed = tokenizer, size, seed
-        self._drills_first = drills_first
+        self._plan = plan
         self._bucket_at = lru_cache(maxsize=1)(self._bucket)
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
@@ -136,20 +152,20 @@ class TextBatches:
         return [row for part in parts for row in part]
 
     def _row(self, index: int) -> tuple[list[int], list[int]]:
-        kind = self._drill_kind(index)
-        if kind is None:
+        stretch = self._stretch(index)
+        if stretch is None and index % round(1 / DRILL_SHARE) == 0:
+            stretch = TEXT_PLAN[-1]
+        if stretch is None:
             return encode(self._tokenizer, conversation("train", index, self._seed))
-        return encode_drill(self._tokenizer, drill("train", index, self._seed, *kind))
+        return encode_drill(self._tokenizer, drill("train", index, self._seed, stretch.domain, stretch.sums))
 
-    def _drill_kind(self, index: int) -> tuple[str | None, int] | None:
-        """Return domain and number of sums of the drill at `index`, None where a conversation stands."""
-        if self._drills_first:
-            end = 0
-            for steps, domain, sums in DRILLS:
-                end += steps * self._size
-                if index < end:
-                    return domain, sums
-        return DRILLS[-1][1:] if index % round(1 / DRILL_SHARE) == 0 else None
+    def _stretch(self, index: int) -> Drills | None:
+        end = 0
+        for stretch in self._plan:
+            end += self._size * (stretch if isinstance(stretch, int) else stretch.steps)
+            if index < end:
+                return None if isinstance(stretch, int) else stretch
+        return None
 
 
 def corpus(rows: int = 40_000) -> list[str]:
