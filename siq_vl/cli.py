@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `ValueError` becomes one line on stderr and exit status 2.
+    """Run a script's `main`; a `ValueError` becomes one line on stderr and exit status 1.
 
     With `SIQ_VL_DEBUG=1` in the environment the error is raised with its traceback.
     """

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from siq_vl.data.figures import dataset as figures
 from siq_vl.data.figures.charts import MAX_VALUE
 from siq_vl.data.figures.figure import Figure, Question
+from siq_vl.data.figures.rows import reasoned
 
 TURNS = 4  # questions asked about each description
 DRILL_SHARE = 0.2  # share of drills, sums included, among the conversations
@@ -60,11 +61,6 @@ def question_and_response(figure: Figure, question: Question, rng: Random) -> tu
         return question.text, question.answer
     style, instruction = ("terse", STEP_BY_STEP) if way == "steps" else ("structured", READ_FIRST)
     return f"{question.text} {instruction}", reasoned(figures.rationale(figure, question, style), question.answer)
-
-
-def reasoned(rationale: str, answer: str) -> str:
-    """Return a completion that reasons before it answers."""
-    return f"<think>{rationale}</think><answer>{answer}</answer>"
 
 
 def conversation(split: str, index: int, seed: int) -> list[tuple[str, str]]:
