@@ -56,7 +56,8 @@ def save_stage(trainer: SFTTrainer, processor: SiQVLProcessor, recipe: Recipe, s
         "model": asdict(recipe.model),
         "adapter": None if recipe.stage == "1" else asdict(recipe.adapter),
         "data": asdict(recipe.data),
-        "training": recipe.training.to_dict(),
+        # transformers 4 fills in a log folder that is named after the machine.
+        "training": {name: value for name, value in recipe.training.to_dict().items() if name != "logging_dir"},
     }
     (scratch / "training_settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
     (scratch / "README.md").write_text(model_card(settings))

@@ -1,6 +1,7 @@
 """What a drawn figure is: its facts, the caption that states them, and the questions they answer."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import ClassVar, Self
@@ -93,25 +94,31 @@ def compare_and_add(
             sentences, in which `{a}` and `{b}` stand for labels.
     """
     (a, x), (b, y) = rng.sample(entries, 2)
-    high, low = (a, b) if x > y else (b, a)
     read = (f"{a} {x}", f"{b} {y}")
-    order = f"{max(x, y)} > {min(x, y)}"
-    everything = ", ".join(f"{label} {value}" for label, value in entries)
-    top = max(entries, key=lambda entry: entry[1])
-    bottom = min(entries, key=lambda entry: entry[1])
+    order = f"{x} {'>' if x > y else '<'} {y}"  # as asked: the sign alone decides the answer
 
     def ask(kind: str) -> str:
         return phrase(rng, *wordings[kind]).format(a=a, b=b)
 
     return [
         Question("value", ask("value"), str(x), (f"{a} {x}",)),
-        Question("compare", ask("compare"), high, (*read, order, high), multi_step=True),
-        Question("yes_no", ask("yes_no"), "yes" if x > y else "no", (*read, order, high), multi_step=True),
+        Question("compare", ask("compare"), a if x > y else b, (*read, order), multi_step=True),
+        Question("yes_no", ask("yes_no"), "yes" if x > y else "no", (*read, order), multi_step=True),
         Question("difference", ask("difference"), str(abs(x - y)), (*read, f"{max(x, y)} - {min(x, y)} = {abs(x - y)}"), multi_step=True),
         Question("sum", ask("sum"), str(x + y), (*read, f"{x} + {y} = {x + y}"), multi_step=True),
-        Question("maximum", ask("maximum"), top[0], (everything, f"most {top[1]}", f"{top[0]} {top[1]}"), multi_step=True),
-        Question("minimum", ask("minimum"), bottom[0], (everything, f"least {bottom[1]}", f"{bottom[0]} {bottom[1]}"), multi_step=True),
+        _extreme("maximum", ask("maximum"), entries, max),
+        _extreme("minimum", ask("minimum"), entries, min),
     ]  # fmt: skip
+
+
+def _extreme(type: str, text: str, entries: tuple[tuple[str, int], ...], choose: Callable) -> Question:
+    """Return the question for the largest or smallest value: in reading order, each is held against the best so far."""
+    best, *rest = entries
+    steps = [f"{best[0]} {best[1]}"]
+    for entry in rest:
+        steps.append(f"{entry[0]} {entry[1]} {'>' if entry[1] > best[1] else '<'} {best[1]}")
+        best = choose(best, entry, key=lambda candidate: candidate[1])
+    return Question(type, text, best[0], (", ".join(steps), f"{best[0]} {best[1]}"), multi_step=True)
 
 
 def total(entries: tuple[tuple[str, int], ...], text: str) -> Question:
