@@ -4,8 +4,8 @@ The whole story on a bare machine: three stages, their baselines, one table, one
     make demo                       # or: python demo.py
 
 Stages 1, 2 and 3 are trained with `recipes/tiny/`, beside a blind model (stage 2 with every picture withheld) and a
-control (stage 2 continued on direct answers for as long as stage 3 takes). Everything lands in
-`outputs/tiny/`, the page in `outputs/tiny/report.html`. Stages that are already there are not trained again.
+control (stage 2 continued on direct answers for as long as stage 3 takes). Everything lands in `outputs/tiny/`, the
+page in `outputs/tiny/report.html`. Stages that are already there are not trained again.
 """
 
 import argparse

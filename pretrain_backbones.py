@@ -131,7 +131,7 @@ def export(options: argparse.Namespace, device: torch.device) -> None:
 PHASES = {
     "text": (train_text, {"steps": 1800, "batch_size": 32, "learning_rate": 1.5e-3}),
     "vision": (train_vision, {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3}),
-    "captions": (train_captions, {"steps": 600, "batch_size": 32, "learning_rate": 7e-4}),
+    "captions": (train_captions, {"steps": 2050, "batch_size": 16, "learning_rate": 2e-3}),
     "export": (export, {}),
 }
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--phase", choices=tuple(PHASES), required=True)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch_size", type=int)
-    parser.add_argument("--text_batch_size", type=int, default=16, help="rows of text beside the captions' batch")
+    parser.add_argument("--text_batch_size", type=int, default=32, help="rows of text beside the captions' batch")
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")

@@ -37,7 +37,6 @@ def test_the_repo_is_a_checkpoint(tmp_path):
     """Load the repo as a stranger would: another folder, nothing on the path, a private module cache."""
     held_out_items(1)[0].image.save(tmp_path / "picture.png")
     program = f"""
-import sys
 from PIL import Image
 import transformers
 from transformers import AutoProcessor

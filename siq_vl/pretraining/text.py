@@ -14,23 +14,24 @@ from siq_vl.data.figures.figure import Figure, Question
 from siq_vl.data.figures.rows import reasoned
 
 TURNS = 4  # questions asked about each description
-DRILL_SHARE = 0.2  # share of drills, sums included, among the conversations
 
 
 @dataclass(frozen=True)
-class Drills:
-    """A stretch of training on drills alone: about one domain or all, with or without sums."""
+class Drill:
+    """A kind of drill: about one domain or all, with or without sums."""
 
-    steps: int
     domain: str | None = None
     sums: int = 0
 
 
-# A plan is what the batches of a phase hold, stretch by stretch: drills, or (a number) steps of conversations; when it
+# A plan is what the batches of a phase hold, stretch by stretch: (steps, kind of drill), None for conversations; when it
 # ends, conversations go on. One kind of list is where looking up is learnt fastest: drills on all kinds from the start
 # had not taught it after three times as long.
-TEXT_PLAN = (Drills(300, "charts"), Drills(300), Drills(300, sums=8))
-CAPTIONS_PLAN = (700, Drills(300), Drills(200, "documents"), Drills(300, "scenes"), Drills(150))
+Plan = tuple[tuple[int, Drill | None], ...]
+TEXT_PLAN: Plan = ((300, Drill("charts")), (300, Drill()), (300, Drill(sums=8)))
+CAPTIONS_PLAN: Plan = ((700, None), (300, Drill()), (200, Drill("documents")), (300, Drill("scenes")), (150, Drill()))
+MIXED_IN = Drill(sums=8)  # the drills among the conversations
+DRILL_SHARE = 0.2  # their share
 STEP_BY_STEP = "Think step by step."
 READ_FIRST = "Read everything, then think step by step."
 
@@ -74,16 +75,16 @@ def conversation(split: str, index: int, seed: int) -> list[tuple[str, str]]:
     return [(f"{sample.figure.caption}\n{first}", response), *rest]
 
 
-def drill(split: str, index: int, seed: int, domain: str | None, sums: int) -> str:
+def drill(split: str, index: int, seed: int, kind: Drill) -> str:
     """Return text with nothing but look-ups and sums: a description, its facts restated at random, then arithmetic.
 
     It teaches, many times a line, what every question needs: the value that stands after a key.
     """
-    sample = figures.sample(split, index, seed=seed, domain=domain)
+    sample = figures.sample(split, index, seed=seed, domain=kind.domain)
     rng = Random(f"{sample.seed}/drill")
     facts = [" ".join(fact) for fact in sample.figure.facts]
     restated = [rng.choice(facts) for _ in range(14)]
-    return f"{sample.figure.caption}. " + ". ".join([*restated, *(_arithmetic(rng) for _ in range(sums))])
+    return f"{sample.figure.caption}. " + ". ".join([*restated, *(_arithmetic(rng) for _ in range(kind.sums))])
 
 
 def _arithmetic(rng: Random) -> str:
@@ -127,9 +128,7 @@ class TextBatches:
     Four steps' rows are sorted by length together, to pad little.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, plan: tuple[Drills | int, ...] = ()
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, plan: Plan = ()) -> None:
         self._tokenizer, self._size, self._seed = tokenizer, size, seed
         self._plan = plan
         self._bucket_at = lru_cache(maxsize=1)(self._bucket)
@@ -148,19 +147,19 @@ class TextBatches:
         return [row for part in parts for row in part]
 
     def _row(self, index: int) -> tuple[list[int], list[int]]:
-        stretch = self._stretch(index)
-        if stretch is None and index % round(1 / DRILL_SHARE) == 0:
-            stretch = TEXT_PLAN[-1]
-        if stretch is None:
+        kind = self._planned(index)
+        if kind is None and index % round(1 / DRILL_SHARE) == 0:
+            kind = MIXED_IN
+        if kind is None:
             return encode(self._tokenizer, conversation("train", index, self._seed))
-        return encode_drill(self._tokenizer, drill("train", index, self._seed, stretch.domain, stretch.sums))
+        return encode_drill(self._tokenizer, drill("train", index, self._seed, kind))
 
-    def _stretch(self, index: int) -> Drills | None:
+    def _planned(self, index: int) -> Drill | None:
         end = 0
-        for stretch in self._plan:
-            end += self._size * (stretch if isinstance(stretch, int) else stretch.steps)
+        for steps, kind in self._plan:
+            end += steps * self._size
             if index < end:
-                return None if isinstance(stretch, int) else stretch
+                return kind
         return None
 
 
