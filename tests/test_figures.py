@@ -51,7 +51,7 @@ def test_training_never_shows_held_out_combinations():
     for made in drawn("train", 2000):
         facts = made.figure.facts
         if made.figure.domain == "scenes":
-            assert not {(color, name) for name, color, _ in facts} & HELD_OUT_OBJECTS
+            assert not {(color, name) for _, name, color in facts} & HELD_OUT_OBJECTS
         elif made.figure.domain == "charts":
             assert len(facts) != HELD_OUT_SERIES_COUNT
         elif made.figure.kind == "sign":
@@ -93,11 +93,11 @@ def answer_from_caption(question: str, caption: str) -> str | None:
     if question.startswith(("Is the", "Is ", "Does ")) and len(named) == 2:
         return "yes" if values[named[0]] > values[named[1]] else "no"
     if question.startswith("Where is the"):
-        return next(fact.split()[2] for fact in listed.split(", ") if fact.split()[0] == question[:-1].split()[-1])
+        return next(fact.split()[0] for fact in listed.split(", ") if fact.split()[1] == question[:-1].split()[-1])
     if question.startswith("How many objects are there"):
         return str(len(listed.split(", ")))
     if match := re.match(r"How many objects are (\w+)", question):
-        return str(sum(fact.split()[1] == match[1] for fact in listed.split(", ")))
+        return str(sum(fact.split()[2] == match[1] for fact in listed.split(", ")))
     return None
 
 

@@ -14,7 +14,7 @@ from siq_vl.data.figures import dataset as figures
 from siq_vl.data.figures.drawing import CELL, SIZE
 from siq_vl.data.figures.rows import CAPTION_PROMPTS
 from siq_vl.modeling_siq_vl import pixel_shuffle
-from siq_vl.pretraining.text import encode, pad
+from siq_vl.pretraining.text import encode, pad, turn
 from siq_vl.pretraining.vision import pixel_batch
 
 _SIDE = SIZE // (CELL // 2)  # patches
@@ -61,5 +61,8 @@ def caption_batch(
     """Return the pixels of one training step and the padded rows that ask for their captions."""
     samples = [figures.sample("train", step * size + offset, seed=seed) for offset in range(size)]
     prompts = (CAPTION_PROMPTS[offset % len(CAPTION_PROMPTS)] for offset in range(size))
-    turns = ([(f"{_IMAGE}{prompt}", sample.figure.caption)] for prompt, sample in zip(prompts, samples, strict=False))
-    return pixel_batch(samples), pad([encode(tokenizer, turn) for turn in turns], tokenizer.pad_token_id)
+    rows = [
+        encode(tokenizer, turn(f"{_IMAGE}{prompt}", sample.figure.caption))
+        for prompt, sample in zip(prompts, samples, strict=True)
+    ]
+    return pixel_batch(samples), pad(rows, tokenizer.pad_token_id)

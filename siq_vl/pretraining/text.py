@@ -1,7 +1,6 @@
 """Pretraining the tiny language model on text: to answer questions about a description, directly or step by step."""
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
@@ -10,30 +9,18 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from siq_vl.data.figures import dataset as figures
 from siq_vl.data.figures.charts import MAX_VALUE
-from siq_vl.data.figures.figure import Figure, Question
-from siq_vl.data.figures.rows import reasoned
+from siq_vl.data.figures.figure import Figure, Question, verdict
+from siq_vl.data.figures.lexicon import WORDS
+from siq_vl.data.figures.rows import CAPTION_PROMPTS, reasoned
+from siq_vl.pretraining.initialization import begin_with_look_ups
 
-TURNS = 4  # questions asked about each description
-
-
-@dataclass(frozen=True)
-class Drill:
-    """A kind of drill: about one domain or all, with or without sums."""
-
-    domain: str | None = None
-    sums: int = 0
-
-
-# A plan is what the batches of a phase hold, stretch by stretch: (steps, kind of drill), None for conversations; when it
-# ends, conversations go on. One kind of list is where looking up is learnt fastest: drills on all kinds from the start
-# had not taught it after three times as long.
-Plan = tuple[tuple[int, Drill | None], ...]
-TEXT_PLAN: Plan = ((300, Drill("charts")), (300, Drill()), (300, Drill(sums=8)))
-CAPTIONS_PLAN: Plan = ((700, None), (300, Drill()), (200, Drill("documents")), (300, Drill("scenes")), (150, Drill()))
-MIXED_IN = Drill(sums=8)  # the drills among the conversations
-DRILL_SHARE = 0.2  # their share
+LOOK_UP_STEPS = 400  # the first steps hold nothing but look-ups
+CALCULATION_SHARE = 0.2  # of the rows that follow, between the conversations
 STEP_BY_STEP = "Think step by step."
 READ_FIRST = "Read everything, then think step by step."
+
+# Text in pieces, each with whether it is to be learnt.
+Pieces = list[tuple[str, bool]]
 
 
 def language_model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
@@ -46,9 +33,8 @@ def language_model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=1024,
-        rope_theta=100.0,  # contexts are short: with 10,000 too few of 16 frequencies tell neighbours apart to learn look-ups
         tie_word_embeddings=True,
-        initializer_range=0.06,  # near 1 / sqrt(hidden_size): at 0.02, attention of this width starts almost uniform
+        initializer_range=0.06,  # near 1 / sqrt(hidden_size)
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -64,51 +50,67 @@ def question_and_response(figure: Figure, question: Question, rng: Random) -> tu
     return f"{question.text} {instruction}", reasoned(figures.rationale(figure, question, style), question.answer)
 
 
-def conversation(split: str, index: int, seed: int) -> list[tuple[str, str]]:
-    """Return `TURNS` (user, assistant) turns about one described figure."""
+def conversation(split: str, index: int, seed: int) -> tuple[str, str]:
+    """Return a user turn, a description and a question about it, and its response."""
     sample = figures.sample(split, index, seed=seed)
     rng = Random(f"{sample.seed}/text")
-    questions = sample.figure.questions(rng)
-    asked = [rng.choice(questions) for _ in range(TURNS)]
-    turns = [question_and_response(sample.figure, question, rng) for question in asked]
-    (first, response), *rest = turns
-    return [(f"{sample.figure.caption}\n{first}", response), *rest]
+    question, response = question_and_response(sample.figure, rng.choice(sample.figure.questions(rng)), rng)
+    return f"{sample.figure.caption}\n{question}", response
 
 
-def drill(split: str, index: int, seed: int, kind: Drill) -> str:
-    """Return text with nothing but look-ups and sums: a description, its facts restated at random, then arithmetic.
+def turn(user: str, assistant: str) -> Pieces:
+    """Return a user turn and its response in ChatML; the response and its `<|im_end|>` are to be learnt."""
+    return [(f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n", False), (f"{assistant}<|im_end|>", True)]
 
-    It teaches, many times a line, what every question needs: the value that stands after a key.
+
+def look_up_drill(split: str, index: int, seed: int) -> Pieces:
+    """Return a list of random pairs, and ten times the word that belongs to a known one.
+
+    Any word of the lexicon goes with any other, so that looking up is learnt for all of them, and for pairs that no
+    picture ever shows. A row asks for what follows a word, or for what stands before it.
     """
-    sample = figures.sample(split, index, seed=seed, domain=kind.domain)
-    rng = Random(f"{sample.seed}/drill")
-    facts = [" ".join(fact) for fact in sample.figure.facts]
-    restated = [rng.choice(facts) for _ in range(14)]
-    return f"{sample.figure.caption}. " + ". ".join([*restated, *(_arithmetic(rng) for _ in range(kind.sums))])
+    rng = Random(f"{split}/{seed}/look up/{index}")
+    words = iter(rng.sample(WORDS, 12))
+    pairs = list(zip(words, words, strict=True))[: rng.randint(2, 6)]
+    backwards = rng.random() < 0.5
+    pieces = [(f"pairs: {', '.join(map(' '.join, pairs))}.", False)]
+    for _ in range(10):
+        pair = rng.choice(pairs)
+        known, found = reversed(pair) if backwards else pair
+        pieces += [(known, False), (f"{found}.", True)]
+    return pieces
 
 
-def _arithmetic(rng: Random) -> str:
+def calculation_drill(split: str, index: int, seed: int) -> Pieces:
+    """Return 16 calculations and comparisons as rationales write them, mostly sums and differences."""
+    rng = Random(f"{split}/{seed}/calculate/{index}")
+    return [piece for _ in range(16) for piece in _calculation(rng)]
+
+
+def _calculation(rng: Random) -> Pieces:
     a, b = rng.sample(range(1, MAX_VALUE + 1), 2)
-    more, less = max(a, b), min(a, b)
-    return rng.choice((f"{a} + {b} = {a + b}", f"{more} - {less} = {more - less}", f"{more} > {less}"))
+    kind = rng.choice(("sum", "sum", "sum", "difference", "difference", "order", "digits", "verdict"))
+    if kind == "sum":
+        return [(f"{a} + {b} =", False), (f"{a + b}.", True)]
+    if kind == "difference":
+        return [(f"{max(a, b)} - {min(a, b)} =", False), (f"{abs(a - b)}.", True)]
+    if kind == "order":
+        return [(f"{a}. {b}. {a}", False), (f"{'>' if a > b else '<'} {b}.", True)]
+    if kind == "digits":
+        tens, ones = divmod(rng.randint(10, 99), 10)
+        return [(f"{tens}{ones} is", False), (f"{tens} {ones}.", True)]
+    word, other = rng.sample(WORDS, 2)
+    *asked, answer = verdict(word, rng.choice((word, other))).split()
+    return [(" ".join(asked), False), (f"{answer}.", True)]
 
 
-def encode_drill(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[int]]:
-    """Return token ids and labels of a drill: all but its description is supervised."""
-    description, _, rest = text.partition(". ")
-    ids, restated = tokenizer(f"{description}.")["input_ids"], tokenizer(rest)["input_ids"]
-    return ids + restated, [-100] * len(ids) + restated
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-    """Return token ids in ChatML and labels that cover each response with its `<|im_end|>`, -100 elsewhere."""
+def encode(tokenizer: PreTrainedTokenizerFast, pieces: Pieces) -> tuple[list[int], list[int]]:
+    """Return token ids, and labels that cover the pieces to be learnt, -100 elsewhere."""
     ids, labels = [], []
-    for user, assistant in turns:
-        prompt = tokenizer(f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-        response = tokenizer(f"{assistant}<|im_end|>")["input_ids"]
-        newline = tokenizer("\n")["input_ids"]
-        ids += prompt + response + newline
-        labels += [-100] * len(prompt) + response + [-100] * len(newline)
+    for text, learnt in pieces:
+        tokens = tokenizer(text)["input_ids"]
+        ids += tokens
+        labels += tokens if learnt else [-100] * len(tokens)
     return ids, labels
 
 
@@ -123,14 +125,14 @@ def pad(rows: list[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str,
 
 
 class TextBatches:
-    """Batches by training step: the stretches of a plan, then conversations with some drills among them.
+    """Batches by training step: `look_up_steps` of look-ups, then conversations with some calculations among them.
 
     Four steps' rows are sorted by length together, to pad little.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, plan: Plan = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, look_up_steps: int = 0) -> None:
         self._tokenizer, self._size, self._seed = tokenizer, size, seed
-        self._plan = plan
+        self._look_ups = look_up_steps * size
         self._bucket_at = lru_cache(maxsize=1)(self._bucket)
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
@@ -147,34 +149,26 @@ class TextBatches:
         return [row for part in parts for row in part]
 
     def _row(self, index: int) -> tuple[list[int], list[int]]:
-        kind = self._planned(index)
-        if kind is None and index % round(1 / DRILL_SHARE) == 0:
-            kind = MIXED_IN
-        if kind is None:
-            return encode(self._tokenizer, conversation("train", index, self._seed))
-        return encode_drill(self._tokenizer, drill("train", index, self._seed, kind))
-
-    def _planned(self, index: int) -> Drill | None:
-        end = 0
-        for steps, kind in self._plan:
-            end += steps * self._size
-            if index < end:
-                return kind
-        return None
+        if index < self._look_ups:
+            return encode(self._tokenizer, look_up_drill("train", index, self._seed))
+        if index % round(1 / CALCULATION_SHARE) == 0:
+            return encode(self._tokenizer, calculation_drill("train", index, self._seed))
+        return encode(self._tokenizer, turn(*conversation("train", index, self._seed)))
 
 
-def corpus(rows: int = 40_000) -> list[str]:
+def corpus(rows: int = 80_000) -> list[str]:
     """Return the text that the tokenizer is trained on."""
-    texts = [
-        f"user\n{figures.CAPTION_PROMPT}\nassistant\n{number} = {number}" for number in range(100) for _ in range(20)
-    ]
+    texts = ["user\nassistant\n" for _ in range(20)]
+    for index in range(rows // 8):
+        for drill in (look_up_drill, calculation_drill):
+            texts.append(" ".join(text for text, _ in drill("train", index, seed=-1)))
     for split in ("train", "combinations"):  # a language model knows the words of combinations it never sees drawn
         for index in range(rows // 2):
-            for user, assistant in conversation(split, index, seed=-1):
-                texts += [user, re.sub("</?(think|answer)>", "\n", assistant)]
-    return texts
+            user, assistant = conversation(split, index, seed=-1)
+            texts += [user, re.sub("</?(think|answer)>", "\n", assistant)]
+    return [*texts, *CAPTION_PROMPTS * 20]
 
 
 def language_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """Return a tiny Qwen2 with random weights."""
-    return Qwen2ForCausalLM(language_model_config(tokenizer))
+    """Return a tiny Qwen2 before its training: random weights, but for the look-ups that it begins with."""
+    return begin_with_look_ups(Qwen2ForCausalLM(language_model_config(tokenizer)))

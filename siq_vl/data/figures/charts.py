@@ -7,13 +7,14 @@ from typing import ClassVar, Self
 from PIL import Image, ImageDraw
 
 from siq_vl.data.figures.drawing import CELL, GLYPH_WIDTH, INK, SIZE, canvas, shade, write
-from siq_vl.data.figures.figure import Fact, Figure, Question, compare_and_add, phrase, total
+from siq_vl.data.figures.figure import Fact, Figure, Question, compare_and_add, total
 from siq_vl.data.figures.lexicon import COLORS, HELD_OUT_SERIES_COUNT, MONTHS
 
 MAX_VALUE = 20
 _GRID = (214, 214, 214)
 _WORDINGS = {
     "value": ("What is the value of {a}?", "What value does {a} have?"),
+    "label": ("Which month has the value {x}?", "Which month is at {x}?"),
     "compare": ("Which is higher, {a} or {b}?", "Which month has more, {a} or {b}?"),
     "yes_no": ("Is {a} higher than {b}?", "Does {a} have more than {b}?"),
     "difference": ("What is the difference between {a} and {b}?", "How far apart are {a} and {b}?"),
@@ -47,10 +48,7 @@ class Chart(Figure):
         return len(self.entries) == HELD_OUT_SERIES_COUNT
 
     def questions(self, rng: Random) -> list[Question]:
-        month, value = rng.choice(self.entries)
         asked = compare_and_add(rng, self.entries, _WORDINGS)
-        text = phrase(rng, f"Which month has the value {value}?", f"Which month is at {value}?")
-        asked.append(Question("label", text, month, (f"{month} {value}",)))
         if len(self.entries) > 2:
             asked.append(total(self.entries, "What is the sum of all values?"))
         return asked

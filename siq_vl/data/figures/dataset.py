@@ -1,7 +1,7 @@
 """Samples of drawn figures by split and index, and the training rows made from them.
 
-Splits are disjoint by *content*: every figure's caption falls, by its checksum, to one of `train`, `validation`
-and `test`, so no evaluated figure was ever drawn, captioned or described in training, under any seed. Combinations
+Splits are disjoint by *content*: what a figure shows falls, by its checksum, to one of `train`, `validation` and
+`test`, so no evaluated figure was ever drawn, captioned or described in training, under any seed. Combinations
 that training never shows (a colour with an object, a word, a series count) make up the split `combinations`.
 """
 
@@ -56,7 +56,7 @@ def content_split(figure: Figure) -> str:
     """Return the split that a figure's content belongs to."""
     if figure.held_out:
         return "combinations"
-    return _CONTENT_SPLITS.get(crc32(figure.caption.encode()) % _PARTS, "train")
+    return _CONTENT_SPLITS.get(crc32(figure.content.encode()) % _PARTS, "train")
 
 
 def sample(split: str, index: int, *, seed: int = 0, domain: str | None = None, hard: bool | None = None) -> Sample:

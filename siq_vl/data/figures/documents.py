@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 from PIL import Image
 
 from siq_vl.data.figures.drawing import CELL, GLYPH_WIDTH, INK, SIZE, canvas, shade, write, write_large
-from siq_vl.data.figures.figure import Fact, Figure, Question, compare_and_add, phrase, total
+from siq_vl.data.figures.figure import Fact, Figure, Question, compare_and_add, phrase, total, verdict
 from siq_vl.data.figures.lexicon import COLORS, HELD_OUT_SIGNS, ITEMS, LETTERS, SIGNS
 
 MAX_PRICE = 20
@@ -15,6 +15,7 @@ _PAPER = (255, 255, 255)
 _DESK = ((206, 214, 222), (222, 210, 196), (208, 220, 204))
 _WORDINGS = {
     "value": ("How much is the {a}?", "What does the {a} cost?"),
+    "label": ("Which item costs {x}?", "What has the price {x}?"),
     "compare": ("Which costs more, {a} or {b}?", "Which has the higher price, {a} or {b}?"),
     "yes_no": ("Is the {a} more than the {b}?", "Does the {a} cost more than the {b}?"),
     "difference": ("What is the difference between {a} and {b}?", "How far apart are {a} and {b}?"),
@@ -62,9 +63,6 @@ class Receipt(Figure):
 
     def questions(self, rng: Random) -> list[Question]:
         asked = compare_and_add(rng, self.lines, _WORDINGS)
-        item, price = rng.choice(self.lines)
-        text = phrase(rng, f"Which item costs {price}?", f"What has the price {price}?")
-        asked.append(Question("label", text, item, (f"{item} {price}",)))
         if len(self.lines) > 2:
             asked.append(total(self.lines, "What is the total?"))
         return asked
@@ -108,17 +106,20 @@ class Signs(Figure):
     def questions(self, rng: Random) -> list[Question]:
         color, word = rng.choice(self.boards)
         other = rng.choice(SIGNS[:-2]) if rng.random() < 0.5 else word
-        read = (f"{color} {word}",)
+        read = f"{color} {word}"
         asked = [
-            Question("text", phrase(rng, f"What does the {color} sign say?", f"Which word is on the {color} sign?"), word, read),
-            Question("color", phrase(rng, f"What color is the {word} sign?", f"Which color has the {word} sign?"), color, read),
-            Question("yes_no", phrase(rng, f"Does the {color} sign say {other}?", f"Is {other} on the {color} sign?"), "yes" if other == word else "no", read),
+            Question("text", phrase(rng, f"What does the {color} sign say?", f"Which word is on the {color} sign?"), word, (read,)),
+            Question("color", phrase(rng, f"What color is the {word} sign?", f"Which color has the {word} sign?"), color, (f"{word} {color}",)),
+            Question("yes_no", phrase(rng, f"Does the {color} sign say {other}?", f"Is {other} on the {color} sign?"), "yes" if other == word else "no", (read, verdict(other, word))),
         ]  # fmt: skip
         if len(self.boards) == 2:
-            (upper_color, upper), (lower_color, lower) = self.boards
-            steps = (f"{upper_color} {upper}", f"{lower_color} {lower}")
-            asked.append(Question("order", f"What does the sign below {upper} say?", lower, steps, multi_step=True))
-            asked.append(Question("order", f"What does the sign above {lower} say?", upper, steps, multi_step=True))
+            (_, upper), (lower_color, lower) = self.boards
+            down, up = (
+                f"{upper}, {lower_color} {lower}",
+                f"{lower} {lower_color}, {upper}",
+            )  # from the known to the asked
+            asked.append(Question("order", f"What does the sign below {upper} say?", lower, (down,), multi_step=True))
+            asked.append(Question("order", f"What does the sign above {lower} say?", upper, (up,), multi_step=True))
         return asked
 
 
@@ -165,11 +166,11 @@ class Plate(Figure):
 
     def questions(self, rng: Random) -> list[Question]:
         tens, ones = divmod(self.number, 10)
-        read = f"{self.color} {self.letter} {self.number}"
+        read, digits = f"{self.color} {self.letter} {self.number}", f"{self.number} is {tens} {ones}"
         return [
             Question("text", phrase(rng, "What number is on the plate?", "Which number does the plate have?"), str(self.number), (read,)),
             Question("text", phrase(rng, "What letter is on the plate?", "Which letter does the plate have?"), self.letter, (read,)),
             Question("color", phrase(rng, "What color is the car?", "Which color does the car have?"), self.color, (read,)),
-            Question("yes_no", phrase(rng, "Is the number on the plate even?", "Does the plate have an even number?"), "no" if ones % 2 else "yes", (read, f"{self.number} ends {ones}", "odd" if ones % 2 else "even"), multi_step=True),
-            Question("digit_sum", phrase(rng, "What is the sum of the digits on the plate?", "How much are the digits of the plate together?"), str(tens + ones), (read, f"{self.number} is {tens} {ones}", f"{tens} + {ones} = {tens + ones}"), multi_step=True),
+            Question("yes_no", phrase(rng, "Is the number on the plate even?", "Does the plate have an even number?"), "no" if ones % 2 else "yes", (read, digits, f"{ones} {'odd' if ones % 2 else 'even'}"), multi_step=True),
+            Question("digit_sum", phrase(rng, "What is the sum of the digits on the plate?", "How much are the digits of the plate together?"), str(tens + ones), (read, digits, f"{tens} + {ones} = {tens + ones}"), multi_step=True),
         ]  # fmt: skip

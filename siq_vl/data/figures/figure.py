@@ -19,7 +19,7 @@ class Question:
         type: what is asked (`"color"`, `"sum"`, ...), the unit of the evaluation's finest table.
         text: the question as put to the model.
         answer: the gold answer, one or two words.
-        steps: the reasoning, one look-up or calculation a step; every stated fact is written as in the caption.
+        steps: the reasoning, one look-up or calculation a step; a look-up is what is known, then what is found.
         multi_step: whether more than one look-up, or any arithmetic, is needed.
         hard: whether the question belongs to the reported-only hard row.
     """
@@ -76,10 +76,20 @@ class Figure(ABC):
         """The dense caption: every fact, in reading order."""
         return f"{self.kind}: " + ", ".join(" ".join(fact) for fact in self.facts)
 
+    @property
+    def content(self) -> str:
+        """What the picture shows, as the text whose checksum decides its split; never reworded, unlike the caption."""
+        return self.caption
+
 
 def phrase(rng: Random, *wordings: str) -> str:
     """Return one of several wordings of the same question."""
     return rng.choice(wordings)
+
+
+def verdict(a: str, b: str) -> str:
+    """Return the step that holds two words against each other."""
+    return f"{a} {b} {'same' if a == b else 'different'}"
 
 
 def compare_and_add(
@@ -90,18 +100,19 @@ def compare_and_add(
     Args:
         rng: picks the entries asked about and the wording.
         entries: two or more (label, value) pairs with distinct labels and distinct values.
-        wordings: for each of `value`, `compare`, `yes_no`, `difference`, `sum`, `maximum` and `minimum` some
-            sentences, in which `{a}` and `{b}` stand for labels.
+        wordings: for each of `value`, `label`, `compare`, `yes_no`, `difference`, `sum`, `maximum` and `minimum` some
+            sentences, in which `{a}` and `{b}` stand for labels; for `label` too, in which `{x}` stands for a value.
     """
     (a, x), (b, y) = rng.sample(entries, 2)
     read = (f"{a} {x}", f"{b} {y}")
     order = f"{x} {'>' if x > y else '<'} {y}"  # as asked: the sign alone decides the answer
 
     def ask(kind: str) -> str:
-        return phrase(rng, *wordings[kind]).format(a=a, b=b)
+        return phrase(rng, *wordings[kind]).format(a=a, b=b, x=x)
 
     return [
         Question("value", ask("value"), str(x), (f"{a} {x}",)),
+        Question("label", ask("label"), a, (f"{x} {a}",)),
         Question("compare", ask("compare"), a if x > y else b, (*read, order), multi_step=True),
         Question("yes_no", ask("yes_no"), "yes" if x > y else "no", (*read, order), multi_step=True),
         Question("difference", ask("difference"), str(abs(x - y)), (*read, f"{max(x, y)} - {min(x, y)} = {abs(x - y)}"), multi_step=True),
@@ -112,13 +123,13 @@ def compare_and_add(
 
 
 def _extreme(type: str, text: str, entries: tuple[tuple[str, int], ...], choose: Callable) -> Question:
-    """Return the question for the largest or smallest value: in reading order, each is held against the best so far."""
-    best, *rest = entries
-    steps = [f"{best[0]} {best[1]}"]
-    for entry in rest:
-        steps.append(f"{entry[0]} {entry[1]} {'>' if entry[1] > best[1] else '<'} {best[1]}")
-        best = choose(best, entry, key=lambda candidate: candidate[1])
-    return Question(type, text, best[0], (", ".join(steps), f"{best[0]} {best[1]}"), multi_step=True)
+    """Return the question for the largest or smallest value: each value is read, and what that makes the best so far."""
+    values = [value for _, value in entries]
+    running = [choose(values[: count + 1]) for count in range(len(values))]
+    first, *rest = (f"{label} {value}" for label, value in entries)
+    read = ", ".join([first, *(f"{entry} so {best}" for entry, best in zip(rest, running[1:], strict=True))])
+    answer = entries[values.index(running[-1])][0]
+    return Question(type, text, answer, (read, f"{running[-1]} {answer}"), multi_step=True)
 
 
 def total(entries: tuple[tuple[str, int], ...], text: str) -> Question:

@@ -18,6 +18,11 @@ SIGNS = (
     "ZOO", "GYM", "BAR", "PUSH", "PULL", "FIRE", "LIFT", "TRAM", "FARM", "CITY", "LAKE", "TOLL",
 )  # fmt: skip
 LETTERS = tuple("ABCDEFGHJKLMNPRSTUVWXYZ")
+WORDS = tuple(
+    dict.fromkeys(
+        (*COLORS, *OBJECTS, *PLACES, *MONTHS, *ITEMS, *SIGNS, *LETTERS, *(str(number) for number in range(100)))
+    )
+)
 
 # Combinations that no training picture shows: they make up the `combinations` split.
 HELD_OUT_OBJECTS = frozenset({("red", "star"), ("blue", "tree"), ("green", "cup"), ("yellow", "boat")})

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 from PIL import Image
 
 from siq_vl.data.figures.drawing import OBJECT_PAINTERS, canvas, shade
-from siq_vl.data.figures.figure import Fact, Figure, Question, phrase
+from siq_vl.data.figures.figure import Fact, Figure, Question, phrase, verdict
 from siq_vl.data.figures.lexicon import COLORS, HELD_OUT_OBJECTS, OBJECTS, PLACES
 
 _BACKGROUNDS = ((246, 246, 240), (226, 240, 250), (232, 246, 228), (250, 240, 224), (240, 232, 246))
@@ -38,7 +38,12 @@ class Scene(Figure):
 
     @property
     def facts(self) -> tuple[Fact, ...]:
-        return self.objects
+        # The object between its place and its color: each of the three stands next to what is asked about it.
+        return tuple((place, name, color) for name, color, place in self.objects)
+
+    @property
+    def content(self) -> str:
+        return f"{self.kind}: " + ", ".join(" ".join(described) for described in self.objects)
 
     @property
     def held_out(self) -> bool:
@@ -46,8 +51,8 @@ class Scene(Figure):
 
     def cells(self) -> dict[tuple[int, int], Fact]:
         found = {}
-        for fact in self.objects:
-            row, column = divmod(PLACES.index(fact[2]), 2)
+        for fact in self.facts:
+            row, column = divmod(PLACES.index(fact[0]), 2)
             for dy in (0, 1):
                 for dx in (0, 1):
                     found[2 * row + dy, 2 * column + dx] = fact
@@ -63,18 +68,17 @@ class Scene(Figure):
 
     def questions(self, rng: Random) -> list[Question]:
         name, color, place = rng.choice(self.objects)
-        read = (f"{name} {color} {place}",)
         asked = [
-            Question("color", phrase(rng, f"What color is the {name}?", f"Which color does the {name} have?"), color, read),
-            Question("location", phrase(rng, f"Where is the {name}?", f"In which place is the {name}?"), place, read),
-            Question("object", phrase(rng, f"What is {place}?", f"Which object is {place}?"), name, read),
+            Question("color", phrase(rng, f"What color is the {name}?", f"Which color does the {name} have?"), color, (f"{name} {color}",)),
+            Question("location", phrase(rng, f"Where is the {name}?", f"In which place is the {name}?"), place, (f"{name} {place}",)),
+            Question("object", phrase(rng, f"What is {place}?", f"Which object is {place}?"), name, (f"{place} {name}",)),
             self._count_all(rng),
             self._count_color(rng),
             self._exists(rng),
         ]  # fmt: skip
         if sum(other == color for _, other, _ in self.objects) == 1:
             text = phrase(rng, f"Which object is {color}?", f"What is {color}?")
-            asked.append(Question("object", text, name, read))
+            asked.append(Question("object", text, name, (f"{color} {name}",)))
         asked.extend(self._relations(rng))
         if len(self.objects) > 1:
             asked.append(self._same_color(rng))
@@ -100,16 +104,17 @@ class Scene(Figure):
         colors = {name: color for name, color, _ in self.objects}
         name = rng.choice(tuple(colors)) if rng.random() < 0.8 else rng.choice(OBJECTS)
         color = colors[name] if name in colors and rng.random() < 0.6 else rng.choice(tuple(COLORS))
-        step = f"{name} {colors[name]}" if name in colors else f"no {name}"
+        steps = (f"{name} {colors[name]}", verdict(color, colors[name])) if name in colors else (f"no {name}",)
         article = "an" if color[0] in "aeiou" else "a"
         text = phrase(rng, f"Is there {article} {color} {name}?", f"Does the picture show {article} {color} {name}?")
-        return Question("yes_no", text, "yes" if colors.get(name) == color else "no", (step,))
+        return Question("yes_no", text, "yes" if colors.get(name) == color else "no", steps)
 
     def _same_color(self, rng: Random) -> Question:
         (a, color_a, _), (b, color_b, _) = rng.sample(self.objects, 2)
         answer = "yes" if color_a == color_b else "no"
         text = phrase(rng, f"Do the {a} and the {b} have the same color?", f"Are the {a} and the {b} of one color?")
-        return Question("same_color", text, answer, (f"{a} {color_a}", f"{b} {color_b}"), multi_step=True)
+        steps = (f"{a} {color_a}", f"{b} {color_b}", verdict(color_a, color_b))
+        return Question("same_color", text, answer, steps, multi_step=True)
 
     def _relations(self, rng: Random) -> list[Question]:
         at = {place: (name, color) for name, color, place in self.objects}
@@ -122,10 +127,9 @@ class Scene(Figure):
         if not pairs:
             return []
         relation, anchor, place = rng.choice(pairs)
-        (anchor_name, anchor_color), (name, color) = at[anchor], at[place]
-        steps = (f"{anchor_name} {anchor_color} {anchor}", f"{relation} {place}", f"{name} {color} {place}")
+        anchor_name, (name, color) = at[anchor][0], at[place]
+        steps = (f"{anchor_name} {anchor}", f"{relation} {place}", f"{place} {name}")
         if rng.random() < 0.5:
             return [Question("object", f"What is {relation} the {anchor_name}?", name, steps, multi_step=True)]
-        return [
-            Question("color", f"What color is the object {relation} the {anchor_name}?", color, steps, multi_step=True)
-        ]
+        text = f"What color is the object {relation} the {anchor_name}?"
+        return [Question("color", text, color, (*steps, f"{name} {color}"), multi_step=True)]
