@@ -26,7 +26,7 @@ from siq_vl.evaluation.tables import accuracy_table, caption_table, difference_l
 OUT = Path("outputs/tiny")
 EVALUATION = OUT / "evaluation"
 # Rows of the control are shorter than stage 3's: with half as many steps again it trains for as long (see the seconds).
-CONTROL_STEPS = 930
+CONTROL_STEPS = 690
 SHOWN = 12
 
 TRAINING = {

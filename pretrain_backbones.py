@@ -45,7 +45,7 @@ def train_text(options: argparse.Namespace, device: torch.device) -> None:
     """Train the language model on text."""
     tokenizer = load_tokenizer(options.work / "tokenizer")
     model = text.language_model(tokenizer).to(device)
-    batch_at = text.TextBatches(tokenizer, options.batch_size, options.seed, text.LOOK_UP_STEPS)
+    batch_at = text.TextBatches(tokenizer, options.batch_size, options.seed, look_up_steps=text.LOOK_UP_STEPS)
 
     def losses_at(step: int) -> loop.Losses:
         return {"text": model(**{name: tensor.to(device) for name, tensor in batch_at(step).items()}).loss}
@@ -84,7 +84,7 @@ def train_captions(options: argparse.Namespace, device: torch.device) -> None:
     model, tokenizer = build_captioner(options.work, "text")
     model.to_device(device)
     seed, size = options.seed + 1, options.batch_size
-    text_at = text.TextBatches(tokenizer, options.text_batch_size, seed)
+    text_at = text.TextBatches(tokenizer, options.text_batch_size, seed, calculation_steps=text.CALCULATION_STEPS)
 
     def losses_at(step: int) -> loop.Losses:
         pixels, rows = captions.caption_batch(tokenizer, step, size, seed)
@@ -131,7 +131,7 @@ def export(options: argparse.Namespace, device: torch.device) -> None:
 PHASES = {
     "text": (train_text, {"steps": 2400, "batch_size": 32, "learning_rate": 1.5e-3}),
     "vision": (train_vision, {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3}),
-    "captions": (train_captions, {"steps": 2050, "batch_size": 16, "learning_rate": 2e-3}),
+    "captions": (train_captions, {"steps": 1200, "batch_size": 16, "learning_rate": 1.5e-3}),
     "export": (export, {}),
 }
 

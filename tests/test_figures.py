@@ -14,7 +14,7 @@ from siq_vl.evaluation.answers import fact_score
 
 # Of the pixels, captions, questions and answers of the first 300 training samples. It changes only when the drawn
 # data set changes, and then every number measured on it has to be measured again.
-FINGERPRINT = "4d8fead08fad70c2c223417c1d677a4d3cd2d647eb63a5408b4aad2eadcae25e"
+FINGERPRINT = "e0ad685af4839638ce2ed6521338c9538da925a30bb2427404f38b334c725951"
 
 
 def drawn(split: str, count: int, **options) -> list:

@@ -29,7 +29,7 @@ def test_measured_gates_are_those_of_the_shipped_language_model():
     measured = json.loads((BACKBONES / "measured.json").read_text())
     for name, again in gate_accuracies(model, tokenizer, count=50, types=("value", "sum")).items():
         assert again["steps"] == pytest.approx(measured["gates"][name]["steps"], abs=0.15), name
-    assert measured["gates_missed"] == failures(measured["gates"])
+    assert measured["gates_missed"] == failures(measured["gates"]) == []
     assert measured["training"].keys() == {"text", "vision", "captions"}
 
 
@@ -68,4 +68,4 @@ def test_the_repo_reasons_and_answers(answers):
     ordinary = [answer for answer in answers if answer.group == "held out"]
     assert sum(answer.well_formed for answer in ordinary) / len(ordinary) > 0.95
     # The README's table has the figure; this only says that the weights are the trained ones.
-    assert sum(answer.correct for answer in ordinary) / len(ordinary) > 0.45
+    assert sum(answer.correct for answer in ordinary) / len(ordinary) > 0.85

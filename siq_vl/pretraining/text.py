@@ -14,7 +14,8 @@ from siq_vl.data.figures.lexicon import WORDS
 from siq_vl.data.figures.rows import CAPTION_PROMPTS, reasoned
 from siq_vl.pretraining.initialization import begin_with_look_ups
 
-LOOK_UP_STEPS = 400  # the first steps hold nothing but look-ups
+LOOK_UP_STEPS = 400  # of phase `text`: its first steps hold nothing but look-ups
+CALCULATION_STEPS = 400  # of phase `captions`: the text of its first steps is nothing but calculations
 CALCULATION_SHARE = 0.2  # of the rows that follow, between the conversations
 STEP_BY_STEP = "Think step by step."
 READ_FIRST = "Read everything, then think step by step."
@@ -125,14 +126,22 @@ def pad(rows: list[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str,
 
 
 class TextBatches:
-    """Batches by training step: `look_up_steps` of look-ups, then conversations with some calculations among them.
+    """Batches by training step: look-ups alone, calculations alone, then conversations with some calculations.
 
     Four steps' rows are sorted by length together, to pad little.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, look_up_steps: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        size: int,
+        seed: int,
+        look_up_steps: int = 0,
+        calculation_steps: int = 0,
+    ) -> None:
         self._tokenizer, self._size, self._seed = tokenizer, size, seed
         self._look_ups = look_up_steps * size
+        self._calculations = calculation_steps * size
         self._bucket_at = lru_cache(maxsize=1)(self._bucket)
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
@@ -151,7 +160,7 @@ class TextBatches:
     def _row(self, index: int) -> tuple[list[int], list[int]]:
         if index < self._look_ups:
             return encode(self._tokenizer, look_up_drill("train", index, self._seed))
-        if index % round(1 / CALCULATION_SHARE) == 0:
+        if index < self._look_ups + self._calculations or index % round(1 / CALCULATION_SHARE) == 0:
             return encode(self._tokenizer, calculation_drill("train", index, self._seed))
         return encode(self._tokenizer, turn(*conversation("train", index, self._seed)))
 
