@@ -95,6 +95,74 @@ def tokens_per_image(height: int, width: int, patch_size: int, pixel_shuffle_fac
     return -(-rows // pixel_shuffle_factor) * -(-columns // pixel_shuffle_factor)
 
 
+def tile_grid(height: int, width: int, tile_height: int, tile_width: int, max_tiles: int) -> tuple[int, int]:
+    """
+    Rows and columns of the tiles that a picture is cut into, after being resized to fill them.
+
+    The grid is the one whose coarser side keeps most of the picture's resolution; of equals, the one with the fewest
+    tiles. So it follows the aspect ratio, and a picture that fits into one tile stays whole: no grid is considered that
+    would enlarge a side by more than a third.
+
+    Args:
+        height (`int`): Height of the picture in pixels.
+        width (`int`): Width of the picture in pixels.
+        tile_height (`int`): Height of a tile in pixels.
+        tile_width (`int`): Width of a tile in pixels.
+        max_tiles (`int`): Largest number of tiles; 1 means that pictures are resized whole.
+
+    Returns:
+        `tuple[int, int]`: rows and columns, with `rows * columns <= max_tiles`.
+
+    Raises:
+        ValueError: if a side or the number of tiles is below 1.
+
+    Example:
+
+    ```python
+    >>> tile_grid(1080, 1920, 512, 512, max_tiles=6)
+    (2, 3)
+    >>> tile_grid(300, 2000, 512, 512, max_tiles=6)
+    (1, 4)
+    ```
+    """
+    if min(height, width, tile_height, tile_width) < 1:
+        raise ValueError(
+            f"Got a picture of {height} x {width} pixels for tiles of {tile_height} x {tile_width}, but each side must "
+            "be at least 1: leave empty pictures out."
+        )
+    check_max_tiles(max_tiles)
+
+    def kept(grid: tuple[int, int]) -> float:
+        return min(1.0, grid[0] * tile_height / height, grid[1] * tile_width / width)
+
+    grids = [
+        (rows, columns)
+        for rows in range(1, max_tiles + 1)
+        for columns in range(1, max_tiles // rows + 1)
+        if (rows == 1 or 3 * rows * tile_height <= 4 * height)
+        and (columns == 1 or 3 * columns * tile_width <= 4 * width)
+    ]
+    return max(grids, key=lambda grid: (kept(grid), -grid[0] * grid[1]))
+
+
+def tiles_per_image(height: int, width: int, tile_height: int, tile_width: int, max_tiles: int) -> int:
+    """
+    Number of tiles of a picture, with the thumbnail of the whole that follows where it is cut.
+
+    Each is an image to the vision tower, and takes [`tokens_per_image`] tokens. See [`tile_grid`] for the arguments.
+    """
+    rows, columns = tile_grid(height, width, tile_height, tile_width, max_tiles)
+    return rows * columns + (rows * columns > 1)
+
+
+def check_max_tiles(max_tiles: int) -> None:
+    """Raises a `ValueError` unless `max_tiles` is an integer of at least 1."""
+    if not isinstance(max_tiles, int) or isinstance(max_tiles, bool) or max_tiles < 1:
+        raise ValueError(
+            f"max_tiles is {max_tiles!r}, but must be an integer of at least 1: use 1 to resize pictures whole."
+        )
+
+
 class SiQVLConfig(PretrainedConfig):
     r"""
     Configuration of [`SiQVLModel`] and [`SiQVLForConditionalGeneration`].
@@ -291,4 +359,4 @@ def _rope_of_both_majors(text_fields: dict[str, Any]) -> dict[str, Any]:
 
 SiQVLConfig.register_for_auto_class()
 
-__all__ = ["SiQVLConfig", "tokens_per_image"]
+__all__ = ["SiQVLConfig", "tile_grid", "tiles_per_image", "tokens_per_image"]

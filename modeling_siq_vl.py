@@ -2,7 +2,8 @@
 PyTorch model of SiQ-VL: SigLIP-2 vision tower -> pixel-shuffle projector -> decoder-only language model.
 
 Shapes below use `n_images` for the number of images in the whole batch, in the order in which their placeholders occur,
-`n_patches` for the patches of one image and `n_tokens` for its image tokens (`config.image_seq_length`).
+`n_patches` for the patches of one image and `n_tokens` for its image tokens (`config.image_seq_length` for images of
+`config.vision_config.image_size`). The tiles of a picture that the processor cuts (`max_tiles`) are images here.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .configuration_siq_vl import SiQVLConfig
+from .configuration_siq_vl import SiQVLConfig, tokens_per_image
 
 
 def pixel_shuffle(features: torch.Tensor, rows: int, columns: int, factor: int) -> torch.Tensor:
@@ -174,10 +175,11 @@ class SiQVLModel(SiQVLPreTrainedModel):
         Encodes images, or takes what the vision tower computed for them earlier, and projects them.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(n_images, 3, image_size, image_size)`, *optional*):
-                Images from the processor.
+            pixel_values (`torch.Tensor` of shape `(n_images, 3, height, width)`, *optional*):
+                Images from the processor. For another size than `image_size` the tower's positions are interpolated.
             vision_features (`torch.Tensor` of shape `(n_images, n_patches, vision_hidden_size)`, *optional*):
-                Last hidden state of the vision tower for these images, in place of `pixel_values`.
+                Last hidden state of the vision tower for these images, in place of `pixel_values`. For images of
+                another size, their grid is a part of the shape: `(n_images, rows, columns, vision_hidden_size)`.
 
         Returns:
             [`BaseModelOutputWithPooling`], or a tuple with `return_dict=False`: the tower's output as
@@ -191,19 +193,40 @@ class SiQVLModel(SiQVLPreTrainedModel):
             raise ValueError(
                 "Got both or neither of pixel_values and vision_features, but images are given in one way: pass exactly one."
             )
-        size = self.config.vision_config.image_size
-        side = size // self.config.vision_config.patch_size
+        rows, columns = self._patch_grid(pixel_values, vision_features)
         if vision_features is None:
-            if pixel_values.shape[1:] != (3, size, size):
-                raise ValueError(
-                    f"pixel_values has the shape {tuple(pixel_values.shape)}, but must be (n_images, 3, {size}, {size}): "
-                    "prepare images with the processor of this checkpoint."
-                )
-            outputs = self.vision_tower(pixel_values=pixel_values, **{**kwargs, "return_dict": True})
+            size = self.config.vision_config.image_size
+            interpolate = tuple(pixel_values.shape[2:]) != (size, size)
+            options = {**kwargs, "interpolate_pos_encoding": interpolate, "return_dict": True}
+            outputs = self.vision_tower(pixel_values=pixel_values, **options)
         else:
+            if vision_features.ndim == 4:
+                vision_features = vision_features.flatten(1, 2)
             outputs = BaseModelOutputWithPooling(last_hidden_state=vision_features)
-        outputs.pooler_output = self.projector(outputs.last_hidden_state, side, side)
+        outputs.pooler_output = self.projector(outputs.last_hidden_state, rows, columns)
         return outputs
+
+    def _patch_grid(
+        self, pixel_values: Optional[torch.Tensor], vision_features: Optional[torch.Tensor]
+    ) -> tuple[int, int]:
+        """Rows and columns of the patches of each image; see [`get_image_features`] for the shapes."""
+        size, patch = self.config.vision_config.image_size, self.config.vision_config.patch_size
+        if pixel_values is None:
+            return tuple(vision_features.shape[1:3]) if vision_features.ndim == 4 else (size // patch, size // patch)
+        shape = tuple(pixel_values.shape)
+        known = len(shape) == 4 and shape[1] == 3
+        if not known or shape[2:] != (size, size) and (0 in shape[2:] or shape[2] % patch or shape[3] % patch):
+            raise ValueError(
+                f"pixel_values has the shape {shape}, but must be (n_images, 3, {size}, {size}), or have a height and a "
+                f"width that are multiples of the patch size, {patch}: prepare images with the processor of this checkpoint."
+            )
+        return shape[2] // patch, shape[3] // patch
+
+    def _tokens_per_image(self, pixel_values: Optional[torch.Tensor], vision_features: Optional[torch.Tensor]) -> int:
+        """Number of image tokens of each image; see [`get_image_features`] for the shapes."""
+        patch = self.config.vision_config.patch_size
+        rows, columns = self._patch_grid(pixel_values, vision_features)
+        return tokens_per_image(rows * patch, columns * patch, patch, self.config.pixel_shuffle_factor)
 
     def get_placeholder_mask(
         self,
@@ -232,7 +255,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
         if n_placeholders != n_features:
             raise ValueError(
                 f"Image features and image tokens do not match: tokens: {n_placeholders}, features {n_features}. Each "
-                f"image needs {self.config.image_seq_length} placeholders: let the processor expand them, and do not "
+                f"image needs {image_features.shape[1] or self.config.image_seq_length} placeholders: let the processor expand them, and do not "
                 "truncate inside an image."
             )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
@@ -466,8 +489,8 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token ids, with `config.image_seq_length` times `config.image_token_id` for each image. Samples may
                 have any number of images, none included.
-            pixel_values (`torch.Tensor` of shape `(n_images, 3, image_size, image_size)`, *optional*):
-                All images of the batch, in the order of their placeholders.
+            pixel_values (`torch.Tensor` of shape `(n_images, 3, height, width)`, *optional*):
+                All images of the batch, in the order of their placeholders; see [`get_image_features`].
             vision_features (`torch.Tensor` of shape `(n_images, n_patches, vision_hidden_size)`, *optional*):
                 Last hidden state of the vision tower, in place of `pixel_values`: with a frozen tower it can be
                 computed once and kept.
@@ -537,20 +560,21 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         new_ids = inputs["input_ids"]
         if new_ids is None or not images:
             inputs.update(images)
-        elif new_ids.shape[1] >= self.config.image_seq_length:  # a single decoded token cannot hold an image
-            total, new = self._images_per_sample(input_ids), self._images_per_sample(new_ids)
+        elif new_ids.shape[1] >= (n_tokens := self.model._tokens_per_image(pixel_values, vision_features)):
+            # a single decoded token cannot hold an image
+            total, new = (self._images_per_sample(n_tokens, ids) for ids in (input_ids, new_ids))
             if any(new):
                 inputs.update({name: _last_of_each_sample(value, total, new) for name, value in images.items()})
         return inputs
 
     def _images_per_sample(
-        self, input_ids: Optional[torch.LongTensor], inputs_embeds: Optional[torch.Tensor] = None
+        self, n_tokens: int, input_ids: Optional[torch.LongTensor], inputs_embeds: Optional[torch.Tensor] = None
     ) -> list[int]:
-        """Number of images in each sample of a batch of ids or embeddings, `(batch_size, sequence_length, ...)`."""
+        """Number of images of `n_tokens` in each sample of ids or embeddings, `(batch_size, sequence_length, ...)`."""
         if inputs_embeds is not None:
             input_ids = None
         placeholders = self.model._find_placeholders(input_ids, inputs_embeds).sum(dim=1)
-        return (placeholders // self.config.image_seq_length).tolist()
+        return (placeholders // n_tokens).tolist()
 
     def _expand_inputs_for_generation(
         self,
@@ -568,10 +592,14 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         pixel_values = model_kwargs.pop("pixel_values", None)
         vision_features = model_kwargs.pop("vision_features", None)
         if expand_size > 1 and pixel_values is not None:
+            grid = self.model._patch_grid(pixel_values, None)
             vision_features = self.get_image_features(pixel_values, return_dict=True).last_hidden_state
+            if grid != self.model._patch_grid(None, vision_features):
+                vision_features = vision_features.unflatten(1, grid)
             pixel_values = None
         if expand_size > 1 and vision_features is not None:
-            counts = self._images_per_sample(input_ids, model_kwargs.get("inputs_embeds"))
+            n_tokens = self.model._tokens_per_image(None, vision_features)
+            counts = self._images_per_sample(n_tokens, input_ids, model_kwargs.get("inputs_embeds"))
             if sum(counts) != vision_features.shape[0]:
                 raise ValueError(
                     f"Image features and image tokens do not match: the prompts have placeholders for {sum(counts)} "

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
-from PIL import Image
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -15,11 +17,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
-from transformers.image_utils import ImageInput, load_image
+from transformers.image_utils import ImageInput
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
-from .configuration_siq_vl import TRANSFORMERS_4, tokens_per_image
+from .configuration_siq_vl import TRANSFORMERS_4, check_max_tiles, tiles_per_image, tokens_per_image
+from .image_processing_siq_vl import load_rgb, resize_to_tiles, to_rgb
 
 IMAGE_TOKEN = "<|image_pad|>"
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN)
@@ -40,6 +43,11 @@ class SiQVLProcessor(ProcessorMixin):
 
     Each `<|image_pad|>` of the text stands for one image and is repeated once for each token that the image becomes.
 
+    A message is data: [`apply_chat_template`] writes what looks like a special token in the text of a message, such as
+    `<|im_end|>`, with a space, `< |im_end|>`. So it is read as plain text, and forges neither a turn nor an image; the
+    tokenizer's own `apply_chat_template` does the same, because the template does it. The `text` of a call is a
+    rendered template, in which special tokens mean what they say.
+
     Args:
         image_processor (`SiglipImageProcessor`): Resizes and normalises images; on transformers 5 with the PIL
             backend, which gives the numbers of transformers 4.
@@ -48,9 +56,11 @@ class SiQVLProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): Jinja template of a conversation.
         patch_size (`int`, defaults to 16): Side of a patch of the vision tower, in pixels.
         pixel_shuffle_factor (`int`, defaults to 2): Side of the block of patches that becomes one token.
+        max_tiles (`int`, defaults to 1): Largest number of tiles that a large picture is cut into (AnyRes), each an
+            image of its own to the vision tower, before a thumbnail of the whole. 1 resizes every picture whole.
 
     Raises:
-        ValueError: if the tokenizer lacks one of the special tokens.
+        ValueError: if the tokenizer lacks one of the special tokens, or `max_tiles` is below 1.
 
     Example:
 
@@ -70,7 +80,17 @@ class SiQVLProcessor(ProcessorMixin):
     tokenizer_class = "AutoTokenizer"
     valid_processor_kwargs = SiQVLProcessorKwargs
 
-    def __init__(self, image_processor, tokenizer, chat_template=None, patch_size=16, pixel_shuffle_factor=2, **kwargs):
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        chat_template=None,
+        patch_size=16,
+        pixel_shuffle_factor=2,
+        max_tiles=1,
+        **kwargs,
+    ):
+        check_max_tiles(max_tiles)
         missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
         if missing:
             raise ValueError(
@@ -79,6 +99,7 @@ class SiQVLProcessor(ProcessorMixin):
             )
         self.patch_size = patch_size
         self.pixel_shuffle_factor = pixel_shuffle_factor
+        self.max_tiles = max_tiles
         self.image_token = IMAGE_TOKEN
         self.image_token_id, self.vision_start_token_id, self.vision_end_token_id = tokenizer.convert_tokens_to_ids(
             [IMAGE_TOKEN, "<|vision_start|>", "<|vision_end|>"]
@@ -92,6 +113,7 @@ class SiQVLProcessor(ProcessorMixin):
         language_model: str,
         *,
         pixel_shuffle_factor: int = 2,
+        max_tiles: int = 1,
         chat_template: Optional[str] = None,
     ) -> "SiQVLProcessor":
         """
@@ -101,6 +123,7 @@ class SiQVLProcessor(ProcessorMixin):
             vision_tower (`str`): Folder or Hub id of a SigLIP checkpoint with an image processor.
             language_model (`str`): Folder or Hub id of a language model with a tokenizer.
             pixel_shuffle_factor (`int`, defaults to 2): Side of the block of patches that becomes one token.
+            max_tiles (`int`, defaults to 1): Largest number of tiles that a large picture is cut into.
             chat_template (`str`, *optional*): Template to use in place of `chat_template.jinja` beside this file.
 
         Returns:
@@ -119,6 +142,7 @@ class SiQVLProcessor(ProcessorMixin):
             chat_template=chat_template,
             patch_size=vision_config.patch_size,
             pixel_shuffle_factor=pixel_shuffle_factor,
+            max_tiles=max_tiles,
         )
 
     @classmethod
@@ -130,9 +154,8 @@ class SiQVLProcessor(ProcessorMixin):
 
     @property
     def image_seq_length(self) -> int:
-        """`int`: number of tokens that one image becomes."""
-        size = self.image_processor.size
-        return tokens_per_image(size["height"], size["width"], self.patch_size, self.pixel_shuffle_factor)
+        """`int`: number of tokens that one image becomes, or each of its tiles."""
+        return self._tokens_per_tile(*self._tile_size({}))
 
     @property
     def model_input_names(self) -> list[str]:
@@ -150,65 +173,141 @@ class SiQVLProcessor(ProcessorMixin):
 
         Args:
             images (image, `list` of images or `list` of one `list` of images a text, *optional*):
-                PIL images of any mode and size, arrays, paths or URLs. A flat list is dealt out to the texts in the
-                order of their placeholders.
+                Images of every kind that [`load_rgb`] takes: PIL images, arrays, tensors, paths, URLs or base64 text. A
+                flat list is dealt out to the texts in the order of their placeholders; an array of four dimensions is
+                a list of images.
             text (`str` or `list[str]`, *optional*):
                 Texts with one `<|image_pad|>` for each image. Without text, images alone are prepared.
-            kwargs: Arguments of the tokenizer (`padding`, `return_tensors`, ...) and of the image processor.
+            kwargs: Arguments of the tokenizer (`padding`, `return_tensors`, ...) and of the image processor (`size`,
+                `do_normalize`, ...); `max_tiles`, to cut images into more or fewer tiles than this processor does.
 
         Returns:
             [`BatchFeature`] with `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`, and
-            `pixel_values` of shape `(n_images, 3, height, width)` where there are images.
+            `pixel_values` of shape `(n_tiles, 3, height, width)` where there are images: the tiles of all images in
+            order, one for each image unless `max_tiles` is above 1.
 
         Raises:
-            ValueError: if neither is given, if the number of images differs from that of placeholders, or if
-                truncation cuts through an image.
+            ValueError: if neither is given, if the number of images differs from that of placeholders, if an image
+                cannot be read, if the size does not suit the patches, if truncation cuts through an image, or if rows
+                of several lengths shall become a tensor.
         """
         if text is None and images is None:
             raise ValueError("Got neither images nor text: pass at least one.")
-        merged = self._merge_kwargs(SiQVLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merged(kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
-        return_types = text_kwargs.pop("return_mm_token_type_ids", False) or merged.get(
-            "return_mm_token_type_ids", False
-        )
+        wanted = {
+            name: text_kwargs.pop(name, False) or kwargs.get(name, False)
+            for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        }
         images_kwargs.pop("return_tensors", None)
 
-        texts = [text] if isinstance(text, str) else text
+        texts = _check_texts(text)
         flat_images, n_per_group = _flatten_images(images)
-        data = {}
         if texts is not None:
-            n_placeholders = [sample.count(IMAGE_TOKEN) for sample in texts]
-            _check_counts(n_placeholders, len(flat_images), n_per_group)
-            encoded = self.tokenizer([self.expand_image_tokens(sample) for sample in texts], **text_kwargs)
-            self._check_truncation(encoded["input_ids"], n_placeholders, text_kwargs)
-            data.update(encoded)
-            if return_types:
+            _check_counts([sample.count(IMAGE_TOKEN) for sample in texts], len(flat_images), n_per_group)
+        data, replacements, offsets = {}, [], []
+        if flat_images:
+            data, replacements = self._process_images(flat_images, **images_kwargs)
+            del data["num_tiles"]
+        if texts is not None:
+            texts, offsets = _replace_placeholders(texts, replacements)
+            encoded = self.tokenizer(texts, **text_kwargs)
+            self._check_image_tokens(encoded["input_ids"], texts, text_kwargs)
+            lengths = sorted({len(row) for row in encoded["input_ids"]})
+            if return_tensors is not None and len(lengths) > 1:
+                raise ValueError(
+                    f"The texts have from {lengths[0]} to {lengths[-1]} tokens, but the rows of a tensor must be equally "
+                    "long: pass padding=True."
+                )
+            data = {**encoded, **data}
+            if wanted["return_mm_token_type_ids"]:
                 data["mm_token_type_ids"] = [
                     [int(token == self.image_token_id) for token in row] for row in encoded["input_ids"]
                 ]
-        if flat_images:
-            data["pixel_values"] = self._pixel_values(flat_images, images_kwargs)
-        return BatchFeature(data, tensor_type=return_tensors)
+        features = BatchFeature(data, tensor_type=return_tensors)
+        if texts is not None and wanted["return_text_replacement_offsets"]:
+            features["text_replacement_offsets"] = offsets
+        return features
 
-    def expand_image_tokens(self, text: str) -> str:
+    def apply_chat_template(self, conversation, chat_template: Optional[str] = None, **kwargs):
+        """
+        Renders a conversation, or a list of conversations, and tokenizes it with its images on request.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`):
+                Messages with a `role` and a `content`: text, or a list of parts `{"type": "text", "text": ...}` and
+                `{"type": "image", "image": ...}` with an image of any kind that [`load_rgb`] takes, under the key
+                `image`, `url`, `path` or `base64`. OpenAI's `image_url` parts are understood too.
+            chat_template (`str`, *optional*): A template to use in place of the processor's own. Only the latter
+                guards against special tokens in the text of a message.
+            kwargs: See [`ProcessorMixin.apply_chat_template`]: `tokenize`, `return_dict`, `add_generation_prompt`, ...;
+                `enable_thinking=False` asks for an answer without reasoning.
+
+        Returns:
+            `str`, or [`BatchFeature`] with `tokenize=True, return_dict=True`.
+
+        Raises:
+            ValueError: if a message is no message; see also [`__call__`].
+        """
+        conversations = conversation if _is_list(conversation) else None
+        if conversations and not _is_list(conversations[0]):
+            conversations = [conversation]
+        if not conversations or not all(_is_list(messages) and messages for messages in conversations):
+            raise ValueError(
+                f"Got the conversation {conversation!r:.80}, but it must be a list of messages, or a list of such lists, "
+                "none of them empty: pass some messages."
+            )
+        checked = [
+            [_check_message(message, kwargs.get("tokenize", False)) for message in messages]
+            for messages in conversations
+        ]
+        conversation = checked[0] if conversations[0] is conversation else checked
+        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
+    def expand_image_tokens(self, text: str, image_sizes: Optional[list[tuple[int, int]]] = None) -> str:
         """
         Repeats each `<|image_pad|>` once for each token of an image, as `__call__` does.
 
         For texts whose images were encoded earlier and come to the model as `vision_features`.
+
+        Args:
+            text (`str`): A text with one `<|image_pad|>` for each image.
+            image_sizes (`list[tuple[int, int]]`, *optional*): Height and width of each image before resizing; needed
+                where `max_tiles` is above 1.
         """
-        return text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.image_seq_length)
+        n_images = text.count(IMAGE_TOKEN)
+        if image_sizes is None and self.max_tiles > 1 and n_images:
+            raise ValueError(
+                f"Got no image_sizes, but max_tiles is {self.max_tiles}, so that the tokens of an image depend on its "
+                "size: pass (height, width) of each image."
+            )
+        sizes = [(1, 1)] * n_images if image_sizes is None else image_sizes
+        _check_counts([n_images], len(sizes), None)
+        counts = self._get_num_multimodal_tokens(sizes)["num_image_tokens"]
+        return _replace_placeholders([text], [IMAGE_TOKEN * count for count in counts])[0][0]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs) -> str:
-        """The text that stands for one image after expansion; asked for by serving engines."""
-        return IMAGE_TOKEN * self.image_seq_length
+        """
+        The text that stands for one image after expansion; asked for by serving engines.
+
+        Args:
+            image_inputs (`dict`): What `_process_images` returned. Without it, the image is taken to be one tile.
+            image_idx (`int`): Index of the image.
+        """
+        n_tiles = image_inputs["num_tiles"][image_idx] if "num_tiles" in image_inputs else 1
+        size = image_inputs["pixel_values"].shape[2:] if "pixel_values" in image_inputs else self._tile_size({})
+        return IMAGE_TOKEN * (n_tiles * self._tokens_per_tile(*size))
 
     def _get_num_multimodal_tokens(self, image_sizes: Optional[list[list[int]]] = None, **kwargs) -> MultiModalData:
-        """Tokens and patches of images of given `(height, width)`; asked for by serving engines."""
+        """Tokens and rows of `pixel_values` of images of given `(height, width)`; asked for by serving engines."""
         if image_sizes is None:
             return MultiModalData()
-        n_images = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.image_seq_length] * n_images, num_image_patches=[1] * n_images)
+        images_kwargs = self._merged(kwargs)["images_kwargs"]
+        size, max_tiles = self._tile_size(images_kwargs), self._max_tiles(images_kwargs)
+        n_tiles = [tiles_per_image(height, width, *size, max_tiles) for height, width in image_sizes]
+        n_tokens = self._tokens_per_tile(*size)
+        return MultiModalData(num_image_tokens=[n * n_tokens for n in n_tiles], num_image_patches=n_tiles)
 
     def batch_decode(self, *args, **kwargs) -> list[str]:
         """Decodes rows of token ids; see [`PreTrainedTokenizerBase.batch_decode`]."""
@@ -251,47 +350,100 @@ class SiQVLProcessor(ProcessorMixin):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
         if config["tokenizer_class"] == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        vars(self).pop("auto_map", None)  # set while saving; it is no part of the processor
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return files
 
-    def _pixel_values(self, images: list, images_kwargs: dict[str, Any]) -> np.ndarray:
-        """Pixels of shape `(n_images, 3, height, width)`."""
-        images = [to_rgb(load_image(image) if isinstance(image, str) else image) for image in images]
-        if all(isinstance(image, Image.Image) for image in images):
-            images_kwargs = {"input_data_format": "channels_last", **images_kwargs}  # a guess for images of few pixels
-        return np.stack(self.image_processor(images, **images_kwargs)["pixel_values"])
+    def _merged(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Keyword arguments by the part they are for, `text_kwargs` and `images_kwargs`, with the defaults."""
+        kwargs = dict(kwargs)
+        max_tiles = kwargs.pop("max_tiles", None)
+        try:
+            merged = self._merge_kwargs(
+                SiQVLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+            )
+        except StrictDataclassError as error:  # transformers 5 checks the types
+            reason = " ".join(str(error).split())
+            raise ValueError(f"A keyword argument is of the wrong type: correct it ({reason})") from error
+        merged["images_kwargs"]["max_tiles"] = self.max_tiles if max_tiles is None else max_tiles
+        return merged
 
-    def _check_truncation(self, input_ids, n_placeholders: list[int], text_kwargs: dict[str, Any]) -> None:
-        if not text_kwargs.get("truncation"):
-            return
-        for index, (row, n_images) in enumerate(zip(input_ids, n_placeholders, strict=True)):
-            kept, wanted = row.count(self.image_token_id), n_images * self.image_seq_length
-            if kept != wanted:
+    def _process_images(self, images: list, **images_kwargs) -> tuple[dict[str, Any], list[str]]:
+        """
+        Prepares images, flat over the batch, and the text that replaces the placeholder of each.
+
+        Returns:
+            `tuple[dict, list[str]]`: `pixel_values` of shape `(n_tiles, 3, height, width)` and `num_tiles`, the number
+            of tiles of each image; the replacements.
+        """
+        size, max_tiles = self._tile_size(images_kwargs), self._max_tiles(images_kwargs)
+        images_kwargs = {name: value for name, value in images_kwargs.items() if name not in ("max_tiles", "size")}
+        images = [load_rgb(image, images_kwargs.get("input_data_format")) for image in images]
+        num_tiles = [1] * len(images)
+        images_kwargs["size"] = {"height": size[0], "width": size[1]}
+        if max_tiles > 1:
+            resample = images_kwargs.get("resample", self.image_processor.resample)
+            tiles = [resize_to_tiles(image, *size, max_tiles, resample) for image in images]
+            num_tiles, images = [len(group) for group in tiles], [tile for group in tiles for tile in group]
+            images_kwargs["do_resize"] = False
+        images_kwargs["input_data_format"] = "channels_last"  # otherwise a guess, wrong for images of few pixels
+        pixel_values = self.image_processor(images, **images_kwargs)["pixel_values"]
+        shapes = {np.shape(image) for image in pixel_values}
+        if len(shapes) > 1 or next(iter(shapes))[0] != 3:
+            raise ValueError(
+                f"The images came out in the shapes {sorted(shapes)}, but must all be (3, height, width) of one size: leave "
+                "do_resize and data_format as they are, or prepare one image at a time."
+            )
+        image_inputs = {"pixel_values": np.stack(pixel_values), "num_tiles": num_tiles}
+        return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(len(num_tiles))]
+
+    def _max_tiles(self, images_kwargs: dict[str, Any]) -> int:
+        """Largest number of tiles of an image; 1 where images are not resized."""
+        max_tiles = images_kwargs.get("max_tiles", self.max_tiles)
+        check_max_tiles(max_tiles)
+        do_resize = images_kwargs.get("do_resize")
+        return max_tiles if (self.image_processor.do_resize if do_resize is None else do_resize) else 1
+
+    def _tile_size(self, images_kwargs: dict[str, Any]) -> tuple[int, int]:
+        """Height and width that images, or their tiles, are resized to."""
+        size = images_kwargs.get("size")
+        size = self.image_processor.size if size is None else size
+        sides = (size, size) if isinstance(size, int) else (size["height"], size["width"]) if "height" in size else ()
+        if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
+            raise ValueError(
+                f'size is {size!r}, but must be {{"height": ..., "width": ...}} with integers of at least 1, or one integer.'
+            )
+        return sides
+
+    def _tokens_per_tile(self, height: int, width: int) -> int:
+        """
+        [`tokens_per_image`] of a tile that the image processor made.
+
+        A size other than its own must consist of whole patches. Its own need not: SigLIP crops what is left over.
+        """
+        default = self.image_processor.size
+        if (height, width) != (default["height"], default["width"]) and (
+            height % self.patch_size or width % self.patch_size
+        ):
+            raise ValueError(
+                f"The images have {height} x {width} pixels, but both sides must be multiples of the patch size, "
+                f"{self.patch_size}: choose another size."
+            )
+        return tokens_per_image(height, width, self.patch_size, self.pixel_shuffle_factor)
+
+    def _check_image_tokens(self, input_ids, texts: list[str], text_kwargs: dict[str, Any]) -> None:
+        """Refuses ids that lost image tokens of the expanded texts."""
+        for index, (row, text) in enumerate(zip(input_ids, texts, strict=True)):
+            kept, wanted = row.count(self.image_token_id), text.count(IMAGE_TOKEN)
+            if kept != wanted and text_kwargs.get("truncation"):
                 raise ValueError(
                     f"Truncation to max_length={text_kwargs.get('max_length')} leaves {kept} of the {wanted} image tokens "
                     f"of text {index}: raise max_length, or drop samples that are too long."
                 )
-
-
-def to_rgb(image: Any) -> Any:
-    """
-    Converts a PIL image of any mode to RGB; anything else is returned as it is.
-
-    Transparent pixels are composited on white. 16-bit greyscale is scaled to 8 bits, which PIL's own conversion would
-    clip.
-    """
-    if not isinstance(image, Image.Image) or image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if image.mode != "I" or values.max() > 255:
-            values = values / 257
-        image = Image.fromarray(np.clip(values, 0, 255).round().astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+            if kept != wanted:
+                raise ValueError(
+                    f"The tokenizer made {kept} image tokens of the {wanted} in text {index}: leave split_special_tokens off."
+                )
 
 
 def _load_backbone_tokenizer(path: str) -> PreTrainedTokenizerFast:
@@ -306,30 +458,125 @@ def _load_backbone_tokenizer(path: str) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(path)
 
 
+def _check_texts(text: Any) -> Optional[list[str]]:
+    """Wraps one text in a list, and refuses what no tokenizer can encode."""
+    if text is None:
+        return None
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(sample, str) for sample in texts):
+        raise ValueError(f"Got the text {text!r:.80}, but it must be a str or a list of str: join pre-tokenized words.")
+    for index, sample in enumerate(texts):
+        if surrogate := re.search("[\ud800-\udfff]", sample):
+            raise ValueError(
+                f"Text {index} holds half a character, {surrogate.group()!r} at {surrogate.start()}, but must be valid "
+                "Unicode: decode it again, or drop it with `text.encode(errors='ignore').decode()`."
+            )
+    return list(texts)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _check_message(message: Any, tokenize: bool) -> dict[str, Any]:
+    """Checks a message, and brings its content to the parts that templates and both majors of transformers know."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"Got the message {message!r:.80}, but it must be a dict with a role: pass role and content.")
+    content = message.get("content")
+    if isinstance(content, str):  # transformers 4 tokenizes parts only
+        return {**message, "content": [{"type": "text", "text": content}]} if tokenize else message
+    if not _is_list(content):
+        raise ValueError(
+            f"A message has the content {content!r:.80}, but it must be a str or a list of parts: pass one."
+        )
+    return {**message, "content": [_check_part(part) for part in content]}
+
+
+def _check_part(part: Any) -> dict[str, Any]:
+    """Brings a part of a message to `{"type": "text", "text": ...}` or `{"type": "image", "image": ...}`."""
+    if not isinstance(part, dict) or part.get("type") not in ("text", "image", "image_url"):
+        kind = part.get("type") if isinstance(part, dict) else part
+        raise ValueError(f'Content of type {kind!s:.80} is not supported: use "image" or "text".')
+    if part["type"] == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"A part of type text has the text {part.get('text')!r:.80}, but it must be a str: pass one."
+            )
+        return part
+    sources = [part.get(key) for key in ("image", "url", "path", "base64", "image_url")]
+    source = next((source for source in sources if source is not None), None)
+    source = source.get("url") if isinstance(source, dict) else source
+    return {"type": "image"} if source is None else {"type": "image", "image": source}
+
+
 def _flatten_images(images: Any) -> tuple[list, Optional[list[int]]]:
     """Flattens images to a list, with the number in each group where they came as one list a text."""
+
+    def is_group(value: Any) -> bool:
+        return _is_list(value) or isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4
+
     if images is None:
         return [], None
-    if not isinstance(images, (list, tuple)):
+    if not is_group(images):
         return [images], None
-    if any(isinstance(group, (list, tuple)) for group in images):
-        return [image for group in images for image in group], [len(group) for group in images]
-    return list(images), None
+    if not any(is_group(group) for group in images):
+        return list(images), None
+    if not all(is_group(group) for group in images):
+        raise ValueError(
+            "Got single images among lists of images: pass a flat list, or one list of images for each text."
+        )
+    return [image for group in images for image in group], [len(group) for group in images]
+
+
+def _replace_placeholders(texts: list[str], replacements: list[str]) -> tuple[list[str], list[list[dict[str, Any]]]]:
+    """
+    Replaces the placeholder of each image.
+
+    Args:
+        texts (`list[str]`): Texts with one `<|image_pad|>` for each image.
+        replacements (`list[str]`): One text for each image.
+
+    Returns:
+        `tuple[list[str], list[list[dict]]]`: the texts, and where in each a placeholder was (`span`) and its replacement
+        is (`new_span`), as serving engines ask for it.
+    """
+    remaining = iter(replacements)
+    expanded, offsets = [], []
+    for text in texts:
+        entries, pieces, end, grown = [], [], 0, 0
+        for match in re.finditer(re.escape(IMAGE_TOKEN), text):
+            replacement = next(remaining)
+            start = match.start() + grown
+            entries.append(
+                {
+                    "type": "image",
+                    "span": match.span(),
+                    "new_span": (start, start + len(replacement)),
+                    "text": IMAGE_TOKEN,
+                    "replacement": replacement,
+                }
+            )
+            pieces += [text[end : match.start()], replacement]
+            end, grown = match.end(), grown + len(replacement) - len(IMAGE_TOKEN)
+        expanded.append("".join([*pieces, text[end:]]))
+        offsets.append(entries)
+    return expanded, offsets
 
 
 def _check_counts(n_placeholders: list[int], n_images: int, n_per_group: Optional[list[int]]) -> None:
     if n_per_group is not None and n_per_group != n_placeholders:
         raise ValueError(
-            f"Got {n_per_group} images for texts with {n_placeholders} placeholders, but each text needs as many images "
-            f"as it has {IMAGE_TOKEN}: pass one list of images for each text, and let the chat template place them."
+            f"Got {n_per_group} images for texts with {n_placeholders} placeholders, but the number of {IMAGE_TOKEN} "
+            "tokens in the prompts should be the same as the number of images in each: pass one list of images for each "
+            "text, and let the chat template place them."
         )
     if sum(n_placeholders) != n_images:
         raise ValueError(
-            f"Got {n_images} images for texts with {sum(n_placeholders)} placeholders, but each {IMAGE_TOKEN} needs one "
-            "image: pass all images, and let the chat template place them."
+            f"Got {n_images} images for texts with {sum(n_placeholders)} placeholders, but the number of {IMAGE_TOKEN} "
+            "tokens in the prompts should be the same as the number of images: pass all images, and let the chat template place them."
         )
 
 
 SiQVLProcessor.register_for_auto_class()
 
-__all__ = ["SiQVLProcessor", "SiQVLProcessorKwargs", "to_rgb"]
+__all__ = ["SiQVLProcessor", "SiQVLProcessorKwargs", "load_rgb", "to_rgb"]

@@ -314,8 +314,8 @@ class TestForwardRefuses:
 
     def test_pixels_of_another_size(self, make_model, processor, make_image):
         inputs = prompts(processor, make_image, 1)
-        inputs["pixel_values"] = inputs["pixel_values"][..., :16]
-        with pytest.raises(ValueError, match=r"must be \(n_images, 3, 32, 32\)"):
+        inputs["pixel_values"] = inputs["pixel_values"][..., :15]
+        with pytest.raises(ValueError, match=r"must be \(n_images, 3, 32, 32\), or .* multiples of the patch size, 8"):
             make_model()(**inputs)
 
 

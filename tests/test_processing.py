@@ -187,7 +187,7 @@ class TestChatTemplate:
         assert text == f"<|im_start|>user\na{IMAGE}b{IMAGE}<|im_end|>"
 
     def test_refuses_other_content(self, processor):
-        with pytest.raises(Exception, match="Content of type video is not supported"):
+        with pytest.raises(ValueError, match="Content of type video is not supported"):
             processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
 
     def test_tokenizes_with_images(self, processor, make_image):
