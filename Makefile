@@ -1,14 +1,25 @@
-# Two commands: `make demo` and `make test`. Both set up their own virtual environment first.
+# `make demo` and `make test`; `make test-v5` and `make test-majors` repeat the tests on transformers 5 and across the
+# two majors. Each sets up the virtual environments that it needs first.
 PYTHON ?= python3
 VENV ?= .venv
+VENV5 ?= .venv5
 
-.PHONY: demo test check clean
+.PHONY: demo test test-v5 test-majors check clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python demo.py
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest
+
+# The same tests, and those of what only transformers 5 has.
+test-v5: $(VENV5)/.ready
+	$(VENV5)/bin/python -m pytest
+
+# Checkpoints written by one major, read and saved again by the other, read by the first; in both directions.
+test-majors: $(VENV)/.ready $(VENV5)/.ready
+	SIQ_VL_OTHER_PYTHON=$(abspath $(VENV5))/bin/python $(VENV)/bin/python -m pytest tests/test_majors.py
+	SIQ_VL_OTHER_PYTHON=$(abspath $(VENV))/bin/python $(VENV5)/bin/python -m pytest tests/test_majors.py
 
 check: $(VENV)/.ready
 	$(VENV)/bin/python -m pip install -q ruff==0.17.6
@@ -18,6 +29,11 @@ check: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV5)/.ready: requirements-v5.txt
+	$(PYTHON) -m venv $(VENV5)
+	$(VENV5)/bin/python -m pip install -q --disable-pip-version-check -r requirements-v5.txt
 	touch $@
 
 clean:

@@ -24,4 +24,5 @@ def load_checkpoint(path: str) -> tuple[SiQVLForConditionalGeneration, SiQVLProc
         raise ValueError(f"{path} does not exist: pass the folder of a checkpoint, or a Hub id such as name/siq-vl")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = SiQVLForConditionalGeneration.from_pretrained(path).to(device)
-    return model.eval(), SiQVLProcessor.from_pretrained(path)
+    # transformers 5 would ask on the terminal before it reads the tokenizer of a repository that has code files.
+    return model.eval(), SiQVLProcessor.from_pretrained(path, trust_remote_code=True)

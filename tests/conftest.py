@@ -1,5 +1,8 @@
 """Tiny models, tokenizers, processors and checkpoints, all made in memory from random weights: offline, on CPU."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -158,3 +161,47 @@ def checkpoint(tmp_path, make_model, processor) -> Path:
     make_model().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def run_clean(arguments, work: Path, python: str = sys.executable) -> subprocess.CompletedProcess:
+    """Runs a python program in a new process that sees neither this repository nor any cache of its code.
+
+    Args:
+        arguments: what follows `python -I` on the command line.
+        work: folder that is made for it; holds its empty working folder and its private module cache.
+        python: interpreter to run it with.
+    """
+    (work / "empty").mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [python, "-I", *map(str, arguments)],
+        cwd=work / "empty",
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+@pytest.fixture
+def as_a_stranger(tmp_path):
+    """Lets `stranger.py` examine checkpoints in a clean process; returns what it found, folder by folder."""
+    runs = []
+
+    def examine(*folders, picture: Image.Image, python: str = sys.executable, resave: Path | None = None) -> list[dict]:
+        work = tmp_path / f"stranger{len(runs)}"
+        runs.append(work)
+        work.mkdir()
+        picture.save(work / "picture.png")
+        task = {"folders": [str(folder) for folder in folders], "picture": str(work / "picture.png")}
+        task["results"] = str(work / "results.pt")
+        if resave is not None:
+            task["resave"] = str(resave)
+        process = run_clean([Path(__file__).with_name("stranger.py"), json.dumps(task)], work / "process", python)
+        assert "newly initialized" not in process.stderr and "MISSING" not in process.stderr
+        return torch.load(work / "results.pt")
+
+    return examine

@@ -1,0 +1,294 @@
+"""
+Parameters and training memory of a model, from configurations alone: nothing is downloaded, no weight is allocated.
+
+    python -m siq_vl.sizes                                                    # the report's model, stage 2
+    python -m siq_vl.sizes --language_model Qwen/Qwen2.5-1.5B-Instruct --lora_r 16
+    python -m siq_vl.sizes --recipe tiny --stage 1 --length 256
+
+`--recipe` takes backbones, rank, batch size, precision and checkpointing from one stage of a recipe; every option given
+beside it wins. The memory is that of one device: it leaves out the transient tensors of the operation at hand, attention
+masks and what the framework itself takes, and nothing is shared out over devices.
+"""
+
+import argparse
+from dataclasses import dataclass, fields
+
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+from trl import SFTConfig
+
+from siq_vl import cli
+from siq_vl.configuration_siq_vl import DEFAULT_TEXT_CONFIG, DEFAULT_VISION_CONFIG, TRANSFORMERS_4, SiQVLConfig
+from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
+from siq_vl.training.recipes import STAGES, AdapterArguments, ModelArguments, local_or_hub, parse_recipe
+from siq_vl.training.stages import freeze_for_stage
+
+VISION_TOWER, LANGUAGE_MODEL = "google/siglip2-large-patch16-512", "Qwen/Qwen2.5-0.5B-Instruct"
+
+# The backbones of the report's recipes, so that their sizes need no network.
+BACKBONES = {
+    VISION_TOWER: DEFAULT_VISION_CONFIG,
+    LANGUAGE_MODEL: DEFAULT_TEXT_CONFIG,
+    "Qwen/Qwen2.5-1.5B-Instruct": {
+        **DEFAULT_TEXT_CONFIG,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    },
+}
+MIB = 2**20
+
+
+@dataclass
+class Sizes:
+    """Numbers of parameters. The pooling head is what the report counts with the tower, and SiQ-VL leaves out."""
+
+    vision_tower: int
+    pooling_head: int
+    language_model: int
+    lora: int
+    projector: int
+    trainable: int
+
+    @property
+    def vision(self) -> int:
+        return self.vision_tower + self.pooling_head
+
+    @property
+    def text(self) -> int:
+        return self.language_model + self.lora
+
+    @property
+    def total(self) -> int:
+        return self.vision + self.text + self.projector
+
+    @property
+    def trainable_share(self) -> float:
+        return self.trainable / self.total
+
+
+@dataclass
+class Memory:
+    """Bytes that training keeps, part by part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def backbone_config(name: str) -> PretrainedConfig:
+    """Return the configuration of a backbone: one of `BACKBONES`, a folder, or a Hub id."""
+    if name in BACKBONES:
+        known = dict(BACKBONES[name])
+        return AutoConfig.for_model(known.pop("model_type"), **known)
+    config = AutoConfig.from_pretrained(local_or_hub(name))
+    return config.vision_config if config.model_type == "siglip" else config
+
+
+def model_config(model: ModelArguments) -> SiQVLConfig:
+    """Return the configuration that stage 1 would build from a recipe's backbones."""
+    text = backbone_config(model.language_model or LANGUAGE_MODEL)
+    # Ids do not matter for sizes, and a small vocabulary would not have the default ones.
+    ids = {"image_token_id": 0, "vision_start_token_id": 1, "vision_end_token_id": 2}
+    return SiQVLConfig(
+        vision_config=backbone_config(model.vision_tower or VISION_TOWER),
+        text_config=text,
+        projector_type=model.projector_type,
+        pixel_shuffle_factor=model.pixel_shuffle_factor,
+        **ids,
+    )
+
+
+def count(config: SiQVLConfig, stage: str, adapter: AdapterArguments) -> Sizes:
+    """Count the parameters of a model in a stage, on the meta device.
+
+    Raises:
+        ValueError: unknown stage.
+    """
+    with_head = config.to_dict()["vision_config"] | {"vision_use_head": True}
+    with torch.device("meta"):
+        model = SiQVLForConditionalGeneration(config)
+        tower = AutoModel.from_config(AutoConfig.for_model(**with_head))
+    parts = {name: _numel(module) for name, module in model.model.named_children()}
+    untied = 0 if config.tie_word_embeddings else model.lm_head.weight.numel()
+    peft_config = freeze_for_stage(model, stage, adapter)
+    trained = get_peft_model(model, peft_config) if peft_config else model
+    return Sizes(
+        vision_tower=parts["vision_tower"],
+        pooling_head=_numel(tower) - parts["vision_tower"],
+        language_model=parts["language_model"] + untied,
+        lora=sum(weight.numel() for name, weight in trained.named_parameters() if "lora_" in name),
+        projector=parts["projector"],
+        trainable=sum(weight.numel() for weight in trained.parameters() if weight.requires_grad),
+    )
+
+
+def training_memory(
+    config: SiQVLConfig, sizes: Sizes, batch_size: int, length: int, *, bf16: bool = True, checkpointing: bool = True
+) -> Memory:
+    """Estimate what one device keeps while it trains, in bytes.
+
+    Weights are float32, as the stages load them (4 bytes a parameter), and PEFT keeps a second, untrained projector beside
+    LoRA; trained weights have a gradient (4) and AdamW's two moments (8). Activations are those kept for the backward pass, see `layer_activations`. With checkpointing each layer
+    keeps its float32 input, and one layer at a time has all the rest. The logits are there in the model's precision, as
+    log-probabilities and as their gradient (12 bytes for each token and vocabulary entry).
+
+    Args:
+        config: configuration of the model.
+        sizes: what `count` returned for it.
+        batch_size: samples on the device at once.
+        length: tokens of a sample, image tokens included.
+        bf16: bfloat16 autocast, as in the recipes, or float32 throughout.
+        checkpointing: gradient checkpointing.
+
+    Raises:
+        ValueError: batch size or length below 1.
+    """
+    if batch_size < 1 or length < 1:
+        raise ValueError(f"batch size is {batch_size} and length {length}; both must be at least 1")
+    text, tokens = config.text_config, batch_size * length
+    n_layers = text.num_hidden_layers
+    adapted = sizes.lora > 0
+    layer = tokens * layer_activations(text, bf16, adapted) + (layer_casts(text) if bf16 else 0)
+    layer_input = tokens * 4 * text.hidden_size
+    activations = n_layers * layer_input + layer if checkpointing else n_layers * layer
+    width = config.vision_config.hidden_size * config.pixel_shuffle_factor**2
+    images = batch_size * config.image_seq_length * width * (2 if bf16 else 4)  # what the projector reads
+    head = text.vocab_size * text.hidden_size * 2 if bf16 else 0
+    return Memory(
+        weights=4 * (sizes.total - sizes.pooling_head + (sizes.projector if adapted else 0)),
+        gradients=4 * sizes.trainable,
+        optimizer=8 * sizes.trainable,
+        activations=activations + images + head + layer_input,  # the last: input of the final norm
+        logits=12 * tokens * text.vocab_size,
+    )
+
+
+def layer_activations(text: PretrainedConfig, bf16: bool, adapted: bool) -> int:
+    """Bytes for each token that one decoder layer keeps for the backward pass, with sdpa or flash attention.
+
+    The inputs of the two norms are float32. Queries, keys, values and the attention's output, and the MLP's gate, up and
+    activated gate, are in the autocast type. LoRA keeps the input of its linear layers: autocast makes a copy for each,
+    without it layers share. Frozen linear layers keep no input, and neither does anything in the frozen tower.
+    """
+    size, hidden, inner = (2 if bf16 else 4), text.hidden_size, text.intermediate_size
+    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    queries = text.num_attention_heads * head_dim
+    keys = queries if TRANSFORMERS_4 else text.num_key_value_heads * head_dim  # transformers 4 repeats them for sdpa
+    kept = 2 * 4 * hidden + size * (2 * queries + 2 * keys + 3 * inner)
+    if adapted:
+        kept += size * (5 * hidden + queries + inner) if bf16 else size * (2 * hidden + inner)
+    return kept
+
+
+def layer_casts(text: PretrainedConfig) -> int:
+    """Bytes of the bfloat16 copies of one layer's linear weights, which autocast keeps for the backward pass."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = 2 * text.num_attention_heads * head_dim + 2 * text.num_key_value_heads * head_dim
+    return 2 * text.hidden_size * (attention + 3 * text.intermediate_size)
+
+
+def size_table(sizes: Sizes, lora_r: int) -> str:
+    """Return the parameters as a markdown table, each part with its share of the total."""
+    rows = [
+        ("vision tower", sizes.vision_tower),
+        ("its pooling head (left out)", sizes.pooling_head),
+        ("**vision**", sizes.vision),
+        ("language model", sizes.language_model),
+        (f"LoRA, r={lora_r}" if sizes.lora else "LoRA: none in this stage", sizes.lora),
+        ("**text**", sizes.text),
+        ("**projector**", sizes.projector),
+        ("**total**", sizes.total),
+        ("**trainable**", sizes.trainable),
+    ]
+    lines = ["| part | parameters | share |", "|---|---:|---:|"]
+    lines += [f"| {name} | {number:,} | {100 * number / sizes.total:.2f}% |" for name, number in rows]
+    return "\n".join(lines)
+
+
+def memory_table(memory: Memory) -> str:
+    """Return the memory as a markdown table."""
+    rows = [(field.name, getattr(memory, field.name)) for field in fields(memory)] + [("**total**", memory.total)]
+    lines = ["| memory | MiB |", "|---|---:|"]
+    return "\n".join(lines + [f"| {name} | {number / MIB:,.1f} |" for name, number in rows])
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; what is not given comes from the recipe, or from the defaults of all recipes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", help="a folder of recipes/; by default the report's model")
+    parser.add_argument("--stage", choices=STAGES, default="2")
+    parser.add_argument("--vision_tower", help="a folder, a Hub id, or one of those known offline")
+    parser.add_argument("--language_model", help=f"likewise; known offline: {', '.join(BACKBONES)}")
+    parser.add_argument("--projector_type")
+    parser.add_argument("--pixel_shuffle_factor", type=int)
+    parser.add_argument("--lora_r", type=int)
+    parser.add_argument("--batch_size", type=int, help="samples on a device at once")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sample, image tokens included")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction)
+    options = parser.parse_args(argv)
+    for name, value in _recipe_defaults(options.recipe, options.stage).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def _recipe_defaults(recipe: str | None, stage: str) -> dict:
+    if recipe is None:
+        model, adapter = ModelArguments(), AdapterArguments()
+        training = {"batch_size": 1, "bf16": True, "gradient_checkpointing": True}
+    else:
+        parsed = parse_recipe((stage,), ["--recipe", recipe])
+        # Later stages inherit the model of stage 1.
+        model, adapter = parse_recipe(("1",), ["--recipe", recipe]).model, parsed.adapter
+        settings: SFTConfig = parsed.training
+        training = {
+            "batch_size": settings.per_device_train_batch_size,
+            "bf16": settings.bf16,
+            "gradient_checkpointing": settings.gradient_checkpointing,
+        }
+    names = ("vision_tower", "language_model", "projector_type", "pixel_shuffle_factor")
+    return {name: getattr(model, name) for name in names} | {"lora_r": adapter.lora_r} | training
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def main() -> None:
+    options = parse_options()
+    model = ModelArguments(
+        vision_tower=options.vision_tower,
+        language_model=options.language_model,
+        projector_type=options.projector_type,
+        pixel_shuffle_factor=options.pixel_shuffle_factor,
+    )
+    config = model_config(model)
+    sizes = count(config, options.stage, AdapterArguments(lora_r=options.lora_r))
+    memory = training_memory(
+        config,
+        sizes,
+        options.batch_size,
+        options.length,
+        bf16=options.bf16,
+        checkpointing=options.gradient_checkpointing,
+    )
+    name = f"recipe {options.recipe}" if options.recipe else model.language_model or LANGUAGE_MODEL
+    print(f"\n{name}, stage {options.stage}\n\n{size_table(sizes, options.lora_r)}")
+    precision = "bf16" if options.bf16 else "float32"
+    checkpointing = "gradient checkpointing" if options.gradient_checkpointing else "no gradient checkpointing"
+    print(f"\nTraining, {options.batch_size} x {options.length} tokens, {precision}, {checkpointing}, AdamW\n")
+    print(memory_table(memory))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,209 @@
+"""Pipeline, server, and what serving engines ask of a model that they run through transformers."""
+
+import base64
+import io
+import json
+import runpy
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from siq_vl.configuration_siq_vl import AUTO_MAP, TRANSFORMERS_4
+from siq_vl.evaluation.figures import held_out_items
+from siq_vl.loading import load_checkpoint
+from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration, SiQVLModel
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.fixture(scope="module")
+def item():
+    return held_out_items(1)[0]
+
+
+def generated(item, max_new_tokens) -> str:
+    """What the repo's checkpoint says about a figure, by `generate`."""
+    model, processor = load_checkpoint(str(REPO_ROOT))
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=item.image, text=text, return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0]
+
+
+class TestServer:
+    @pytest.fixture(scope="class")
+    def url(self, tmp_path_factory):
+        """A running server of the repo's checkpoint, on a free port of this machine."""
+        if TRANSFORMERS_4:
+            pytest.skip("transformers 4 cannot serve pictures; serve.py says so, see test_needs_transformers_5")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        log = tmp_path_factory.mktemp("server") / "log"
+        command = [sys.executable, "serve.py", str(REPO_ROOT), "--host", "127.0.0.1", "--port", str(port)]
+        with log.open("w") as output:
+            server = subprocess.Popen(command, cwd=REPO_ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 240
+            while not answers(f"http://127.0.0.1:{port}/health"):
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+
+    @pytest.fixture
+    def chat(self, url, item):
+        """Asks about the figure through OpenAI's client."""
+        import httpx
+        import openai
+
+        client = openai.OpenAI(base_url=url, api_key="none", http_client=httpx.Client(trust_env=False), max_retries=0)
+        picture = io.BytesIO()
+        item.image.save(picture, "PNG")
+        data = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+        content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": item.question}]
+
+        def ask(**kwargs):
+            messages = [{"role": "user", "content": content}]
+            return client.chat.completions.create(model=str(REPO_ROOT), messages=messages, **kwargs)
+
+        return ask
+
+    def test_answers_about_a_picture(self, chat, item):
+        answer = chat(max_completion_tokens=64).choices[0]
+        assert answer.message.content == generated(item, 64)
+        assert answer.message.role == "assistant" and answer.finish_reason == "stop"
+
+    def test_streams_the_same_answer(self, chat, item):
+        chunks = [chunk.choices[0] for chunk in chat(max_completion_tokens=64, stream=True)]
+        pieces = [chunk.delta.content for chunk in chunks if chunk.delta.content]
+        assert len(pieces) > 3 and "".join(pieces) == generated(item, 64)
+        assert chunks[-1].finish_reason == "stop"
+
+    def test_chat_template_options_arrive(self, chat, item):
+        options = {"chat_template_kwargs": {"enable_thinking": False}}
+        direct = chat(max_completion_tokens=64, extra_body=options).choices[0].message.content
+        assert "<think>" not in direct and direct != generated(item, 64)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5) as response:
+            return json.load(response) == {"status": "ok"}
+    except OSError:
+        return False
+
+
+class TestLauncher:
+    def fails_with(self, monkeypatch, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(REPO_ROOT / "serve.py"), run_name="__main__")
+        return str(ended.value)
+
+    @pytest.mark.skipif(not TRANSFORMERS_4, reason="about transformers 4")
+    def test_needs_transformers_5(self, monkeypatch):
+        message = self.fails_with(monkeypatch, str(REPO_ROOT))
+        assert message.startswith("error: transformers is 4.") and "requirements-v5.txt" in message
+
+    @pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 is refused first")
+    def test_refuses_a_folder_without_a_checkpoint(self, monkeypatch, tmp_path):
+        assert "holds no checkpoint (no config.json)" in self.fails_with(monkeypatch, str(tmp_path))
+
+
+class TestEngineHooks:
+    """What the transformers backends of vLLM and SGLang use; neither engine is needed to check it."""
+
+    def test_the_base_model_is_found_and_built_without_memory(self, checkpoint):
+        assert AUTO_MAP["AutoModel"] == "modeling_siq_vl.SiQVLModel"
+        config = SiQVLForConditionalGeneration.from_pretrained(checkpoint).config
+        with torch.device("meta"):
+            model = SiQVLModel._from_config(config)
+        assert all(weight.is_meta for weight in model.parameters())
+        assert model.get_input_embeddings() is model.language_model.embed_tokens
+
+    def test_every_part_supports_other_attention(self, make_model):
+        model = make_model().model
+        assert model._supports_attention_backend
+        assert model.language_model._supports_attention_backend
+
+    def test_the_engines_attention_gets_what_the_engine_passes(self, make_model, make_image, processor):
+        """The call of both engines: flat tokens as one row, embeddings with the images in them, positions, no cache."""
+        inputs = processor(images=[make_image()], text=f"{IMAGE}What?", return_tensors="pt")
+        model = make_model()
+        with torch.no_grad():
+            expected = model.model(**inputs).last_hidden_state
+            embeddings = model.get_input_embeddings()(inputs["input_ids"])
+            images = model.get_image_features(inputs["pixel_values"]).pooler_output
+        embeddings[inputs["input_ids"] == processor.image_token_id] = images.flatten(0, 1)
+        seen = []
+
+        def attention(module, query, key, value, attention_mask, attention_instances, forward_batch, **kwargs):
+            seen.append((attention_instances[module.layer_idx], forward_batch))
+            return sdpa_attention_forward(module, query, key, value, None, **{**kwargs, "is_causal": True})
+
+        AttentionInterface.register("engine", attention)
+        model.config.text_config._attn_implementation = "engine"
+        engine_model = SiQVLModel._from_config(model.config).eval()
+        engine_model.load_state_dict(model.model.state_dict())
+        assert engine_model.language_model.config._attn_implementation == "engine"
+        assert engine_model.vision_tower.config._attn_implementation != "engine"
+        with torch.no_grad():
+            (hidden, *_) = engine_model(
+                input_ids=None,
+                inputs_embeds=embeddings,
+                use_cache=False,
+                position_ids=torch.arange(embeddings.shape[1])[None],
+                attention_instances={0: "first layer", 1: "second layer"},
+                forward_batch="batch",
+                return_dict=False,
+            )
+        assert seen == [("first layer", "batch"), ("second layer", "batch")]
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
+
+    def test_image_features_split_into_images(self, make_model, make_image, processor):
+        inputs = processor(images=[make_image(seed) for seed in range(3)], text=IMAGE * 3, return_tensors="pt")
+        counts = processor._get_num_multimodal_tokens(image_sizes=[(32, 32)] * 3)
+        features = make_model().model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+        assert [len(image) for image in features] == counts["num_image_tokens"]
+        assert features.shape[0] == sum(counts["num_image_patches"])
+
+    @pytest.mark.parametrize("size", [(1, 1), (50, 20), (32, 500)])
+    def test_tokens_are_counted_and_written_as_the_processor_does(self, processor, make_image, size):
+        width, height = size
+        data = processor(
+            images=[make_image(size=size)], text=f"a{IMAGE}b", return_tensors="pt", return_mm_token_type_ids=True
+        )
+        marked = data["mm_token_type_ids"][0].bool()
+        counts = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
+        assert counts["num_image_tokens"] == [int(marked.sum())]
+        assert set(data["input_ids"][0, marked].tolist()) == {processor.image_token_id}
+        written = processor.replace_image_token({"pixel_values": data["pixel_values"]}, 0)
+        ids = processor.tokenizer(written, add_special_tokens=False)["input_ids"]
+        assert ids == data["input_ids"][0, marked].tolist()
+        assert written.replace(processor.image_token, "") == ""
+
+    @pytest.mark.skipif(TRANSFORMERS_4, reason="asked for since transformers 5")
+    def test_tower_and_decoder_are_found(self, make_model):
+        model = make_model()
+        assert model.get_encoder(modality="image") is model.model.vision_tower
+        assert model.get_decoder() is model.model.language_model
+
+    def test_the_auto_class_builds_it_from_a_configuration(self, checkpoint):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True)
+        model = AutoModel.from_config(config, trust_remote_code=True)
+        assert type(model).__name__ == "SiQVLModel" and model._supports_attention_backend
