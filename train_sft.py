@@ -9,10 +9,9 @@ Stage 2 starts from the checkpoint that stage 1 of the same recipe left.
 """
 
 from siq_vl import cli
-from siq_vl.data.figures.rows import training_rows
 from siq_vl.training.loading import load_for_stage
 from siq_vl.training.recipes import parse_recipe
-from siq_vl.training.run import make_trainer, rows_needed, train_and_save
+from siq_vl.training.run import make_trainer, mixture_for_stage, train_and_save
 
 TASKS = {"1": "caption", "2": "answer"}
 
@@ -20,11 +19,9 @@ TASKS = {"1": "caption", "2": "answer"}
 def main() -> None:
     recipe = parse_recipe(tuple(TASKS), description=__doc__)
     model, processor = load_for_stage(recipe)
-    rows = training_rows(
-        "train", rows_needed(recipe), TASKS[recipe.stage], seed=recipe.data.data_seed_offset, blind=recipe.data.blind
-    )
-    trainer = make_trainer(recipe, model, processor, rows)
-    train_and_save(trainer, processor, recipe)
+    mixture = mixture_for_stage(recipe, TASKS[recipe.stage], processor)
+    trainer = make_trainer(recipe, model, processor, mixture.rows)
+    train_and_save(trainer, processor, recipe, mixture.report)
 
 
 if __name__ == "__main__":

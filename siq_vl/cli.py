@@ -19,5 +19,6 @@ def run(main: Callable[[], None]) -> None:
     except ValueError as error:
         if os.environ.get("SIQ_VL_DEBUG") == "1":
             raise
-        line = " ".join(str(error).split())
+        # An error in a loader process arrives with that process's traceback before it.
+        line = " ".join(str(error).rpartition("\nValueError: ")[2].split())
         sys.exit(f"error: {line}")

@@ -37,12 +37,12 @@ processor = AutoProcessor.from_pretrained("path/to/this", trust_remote_code=True
 | seconds of training | {seconds} |
 | seed | {seed} |
 
-All settings are in `training_settings.json`, the loss curve in `training_log.jsonl`.{adapter_note}
+All settings are in `training_settings.json`, the loss curve in `training_log.jsonl`.{adapter_note}{data}
 """
 
 
-def model_card(settings: dict) -> str:
-    """Return the README.md of a stage checkpoint, from its `training_settings.json`."""
+def model_card(settings: dict, data_table: str | None = None) -> str:
+    """Return the README.md of a stage checkpoint, from its `training_settings.json` and a table of its data."""
     training, adapter = settings["training"], settings["adapter"]
     return _CARD.format(
         stage=settings["stage"],
@@ -57,4 +57,5 @@ def model_card(settings: dict) -> str:
         seconds=settings["seconds"],
         seed=training["seed"],
         adapter_note=" The adapter that was merged is in `adapter/`." if adapter else "",
+        data=f"\n\n## Data\n\n{data_table}" if data_table else "",
     )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -45,6 +46,15 @@ TEXT = {
     "rope_theta": 1000000.0,
     "tie_word_embeddings": True,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory):
+    """Keeps what `datasets` stores of the tests' files away from the user's cache."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+    yield
+    patch.undo()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,27 +1,112 @@
-"""Reading pictures from disk."""
+"""Reading pictures: from disk or memory, from under one folder, within bounds of size."""
 
+import struct
+import urllib.request
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from siq_vl.processing_siq_vl import to_rgb
 
+# Formats that Pillow decodes itself; others (EPS, for one) start programs of the machine.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError)
+REMOTE_BYTES = 64 * 2**20
+REMOTE_SECONDS = 20
 
-def open_image(path: Path) -> Image.Image:
-    """Return a picture as RGB, fully decoded.
+
+def open_image(path: Path, max_side: int | None = None) -> Image.Image:
+    """Return a picture as RGB, upright, fully decoded.
+
+    Args:
+        path: the file.
+        max_side: a picture with a longer side is scaled down to it while it is read.
 
     Raises:
         ValueError: there is no such file, it is no picture, it is damaged, or it is too large to be safe.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file: pass the path of a picture")
+    return decode_image(path, str(path), max_side)
+
+
+def decode_image(source: Path | bytes, name: str, max_side: int | None = None) -> Image.Image:
+    """Return a picture from a file or from encoded bytes as RGB, upright, fully decoded.
+
+    The number of pixels is known from the header, so that nothing is decoded of a picture with more of them than
+    `PIL.Image.MAX_IMAGE_PIXELS`.
+
+    Args:
+        source: the file, or its content.
+        name: what errors call it.
+        max_side: a picture with a longer side is scaled down to it while it is read.
+
+    Raises:
+        ValueError: it is no picture, it is damaged, or it is too large to be safe.
+    """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+                return _decoded(image, max_side)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture that can be read: pass a PNG, JPEG, WebP or the like") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} has too many pixels to be opened safely: make it smaller first ({error})") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is damaged and cannot be decoded: save or download it again ({error})") from error
+        raise ValueError(f"{name} is not a picture that can be read: pass a PNG, JPEG, WebP or the like") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} has too many pixels to be opened safely: make it smaller first ({error})") from error
+    except DAMAGE as error:
+        raise ValueError(f"{name} is damaged and cannot be decoded: save or download it again ({error})") from error
+
+
+def _decoded(image: Image.Image, max_side: int | None) -> Image.Image:
+    if max_side is not None and max(image.size) > max_side:
+        image.draft("RGB", (max_side, max_side))  # JPEG alone: decode at a half, a quarter or an eighth
+        image.load()
+        image.thumbnail((max_side, max_side), reducing_gap=2.0)
+    image.load()
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def find_under(name: str, roots: Sequence[Path]) -> Path:
+    """Return the file of that name under one of the folders.
+
+    Args:
+        name: a path relative to a folder, or an absolute one inside it.
+        roots: the folders, in the order in which they are searched.
+
+    Raises:
+        PermissionError: the name leads out of every folder, by `..`, as an absolute path or through a link.
+        FileNotFoundError: there is no such file.
+    """
+    inside = [path for root in roots if (path := (root / name).resolve()).is_relative_to(root.resolve())]
+    if not inside:
+        raise PermissionError(f"{name} is not inside {', '.join(map(str, roots)) or 'any known folder'}")
+    for path in inside:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"there is no file {name} in {', '.join(map(str, roots))}")
+
+
+def is_remote(name: str) -> bool:
+    """Return whether a picture's name is an address rather than a file."""
+    return "://" in name
+
+
+def download_image(url: str) -> bytes:
+    """Return what lies at an `http` or `https` address, at most `REMOTE_BYTES` of it.
+
+    Raises:
+        ValueError: another kind of address, no answer in time, or an answer that is too long.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url} is not an http or https address: store the picture as a file")
+    try:
+        with urllib.request.urlopen(url, timeout=REMOTE_SECONDS) as response:
+            content = response.read(REMOTE_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{url} cannot be fetched: {error}") from error
+    if len(content) > REMOTE_BYTES:
+        raise ValueError(f"{url} holds more than {REMOTE_BYTES} bytes: store a smaller picture as a file")
+    return content

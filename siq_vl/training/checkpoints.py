@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
+from siq_vl.data.mixtures import MixtureReport
 from siq_vl.hub import model_card
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.recipes import Recipe
@@ -21,7 +22,13 @@ ADAPTER_FOLDER = "adapter"
 LOG_FILE = "training_log.jsonl"
 
 
-def save_stage(trainer: SFTTrainer, processor: SiQVLProcessor, recipe: Recipe, seconds: float) -> Path:
+def save_stage(
+    trainer: SFTTrainer,
+    processor: SiQVLProcessor,
+    recipe: Recipe,
+    seconds: float,
+    report: MixtureReport | None = None,
+) -> Path:
     """Write the stage's checkpoint: merged weights, processor, code files, model card, settings and log.
 
     The adapter is kept beside them in `adapter/`. Everything is written to a scratch folder first and moved in place
@@ -32,6 +39,7 @@ def save_stage(trainer: SFTTrainer, processor: SiQVLProcessor, recipe: Recipe, s
         processor: the processor to save with the model.
         recipe: what was run.
         seconds: how long training took.
+        report: counts of the rows that were used and left out.
 
     Returns:
         The checkpoint's folder, `recipe.training.output_dir`.
@@ -56,11 +64,12 @@ def save_stage(trainer: SFTTrainer, processor: SiQVLProcessor, recipe: Recipe, s
         "model": asdict(recipe.model),
         "adapter": None if recipe.stage == "1" else asdict(recipe.adapter),
         "data": asdict(recipe.data),
+        "data_counts": report and report.to_dict(),
         # transformers 4 fills in a log folder that is named after the machine.
         "training": {name: value for name, value in recipe.training.to_dict().items() if name != "logging_dir"},
     }
     (scratch / "training_settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
-    (scratch / "README.md").write_text(model_card(settings))
+    (scratch / "README.md").write_text(model_card(settings, report and report.table()))
     _move_in_place(scratch, folder)
     logger.info("stage %s left its checkpoint in %s after %.0f s of training", recipe.stage, folder, seconds)
     return folder

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from trl import SFTConfig, TrlParser
 
+from siq_vl.data.mixtures import MixtureConfig
+
 REPO_ROOT = Path(__file__).resolve().parents[2]
 RECIPES = REPO_ROOT / "recipes"
 STAGES = ("1", "2", "3")
@@ -48,18 +50,14 @@ class AdapterArguments:
 
 
 @dataclass
-class DataArguments:
-    """What is trained on."""
+class DataArguments(MixtureConfig):
+    """What is trained on: the mixture, and how the drawn data set reasons in stage 3."""
 
-    train_samples: int = field(
-        default=0, metadata={"help": "Rows of the drawn data set; 0: as many as the steps take."}
-    )
-    data_seed_offset: int = field(default=0, metadata={"help": "Stream of drawn samples; each stage has its own."})
     direct_share: float = field(default=0.0, metadata={"help": "Stage 3: share of rows answered without reasoning."})
     rationale_style: str = field(default="structured", metadata={"help": "Stage 3: style of the scripted oracle."})
-    blind: bool = field(default=False, metadata={"help": "Withhold every picture: the blind baseline."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.direct_share <= 1:
             raise ValueError(f"direct_share is {self.direct_share}; it must lie between 0 and 1")
 

@@ -1,0 +1,127 @@
+"""The one row format that every source is turned into, and what makes a row unfit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from siq_vl.processing_siq_vl import SPECIAL_TOKENS
+
+IMAGE_MARKER = "<image>"
+ROLES = ("system", "user", "assistant")
+
+
+class Dropped(Exception):
+    """A row is left out.
+
+    Args:
+        reason: a few words; rows are counted by it.
+        detail: what exactly is wrong with this row, for the log.
+        defect: the row is broken, rather than unwanted. Too many defects stop a run.
+    """
+
+    def __init__(self, reason: str, detail: str = "", *, defect: bool = False):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail, self.defect = reason, detail, defect
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Pictures and the messages about them.
+
+    Args:
+        images: pictures in the order of their placeholders, not yet read: names of files, encoded bytes, mappings with
+            `bytes` and `path` (as `datasets` stores them), or PIL images.
+        messages: turns in TRL's format, their content a list of parts `{"type": "image"}` and
+            `{"type": "text", "text": ...}`.
+        ratings: quality ratings by name, one for each assistant turn (or None where a turn has none).
+        template_options: given to the chat template, for instance `{"enable_thinking": False}`.
+    """
+
+    images: Sequence[Any]
+    messages: Sequence[Mapping]
+    ratings: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def texts(self, role: str) -> list[str]:
+        """Return the text of every turn of a role."""
+        return [text_of(message) for message in self.messages if message["role"] == role]
+
+    def without_images(self) -> "Conversation":
+        """Return the conversation with every picture withheld."""
+        messages = [
+            {**message, "content": [part for part in message["content"] if part["type"] != "image"]}
+            for message in self.messages
+        ]
+        return replace(self, images=[], messages=messages)
+
+
+def text_of(message: Mapping) -> str:
+    """Return the text of a message."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def message(role: str, text: str, images: int = 0) -> dict:
+    """Return one turn: placeholders of `images` pictures, then `text`."""
+    return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+def with_markers(turns: Sequence[tuple[str, str]], images: int) -> list[dict]:
+    """Return messages from (role, text) turns whose user texts may say `<image>` where a picture belongs.
+
+    Without a marker the pictures come before the first user text. The line break that sets a marker apart goes with it.
+
+    Raises:
+        Dropped: there are markers, and not as many as pictures.
+    """
+    markers = sum(text.count(IMAGE_MARKER) for role, text in turns if role == "user")
+    if markers not in (0, images):
+        raise Dropped("image markers do not fit", f"{markers} markers for {images} pictures", defect=True)
+    messages, unplaced = [], 0 if markers else images
+    for role, text in turns:
+        if role == "user" and IMAGE_MARKER in text:
+            messages.append({"role": role, "content": _split_at_markers(text)})
+        else:
+            messages.append(message(role, text, unplaced if role == "user" else 0))
+            unplaced = 0 if role == "user" else unplaced
+    return messages
+
+
+def _split_at_markers(text: str) -> list[dict]:
+    parts: list[dict] = []
+    for index, piece in enumerate(text.split(IMAGE_MARKER)):
+        if index:
+            parts.append({"type": "image"})
+        if piece := piece.strip("\n"):
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def check(conversation: Conversation) -> None:
+    """Refuse a conversation that cannot be trained on as it is.
+
+    Raises:
+        Dropped: no assistant turn, an empty question or answer, an unknown role, placeholders that do not fit the
+            pictures, or text that spells out a special token of the chat template.
+    """
+    messages = conversation.messages
+    if not messages or messages[-1]["role"] != "assistant":
+        raise Dropped("no answer", "the last turn is not the assistant's", defect=True)
+    for turn in messages:
+        if turn["role"] not in ROLES:
+            raise Dropped("unknown role", f"role is {turn['role']!r}; known are {', '.join(ROLES)}", defect=True)
+        text = text_of(turn)
+        if turn["role"] == "assistant" and not text.strip():
+            raise Dropped("empty answer", defect=True)
+        if turn["role"] == "user" and not text.strip() and not any(part["type"] == "image" for part in turn["content"]):
+            raise Dropped("empty question", defect=True)
+        if found := [token for token in SPECIAL_TOKENS if token in text]:
+            raise Dropped("special token in the text", f"the text holds {found[0]}", defect=True)
+    if messages[0]["role"] == "assistant":
+        raise Dropped("empty question", "the assistant speaks first", defect=True)
+    placeholders = sum(part["type"] == "image" for turn in messages for part in turn["content"])
+    if placeholders != len(conversation.images):
+        raise Dropped(
+            "image markers do not fit",
+            f"{placeholders} placeholders for {len(conversation.images)} pictures",
+            defect=True,
+        )

@@ -1,0 +1,149 @@
+"""What a mixture leaves out: low ratings, refusals, lengths out of bounds, and rows that were there before."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from siq_vl.data.adapters import RATINGS
+from siq_vl.data.conversations import Conversation, Dropped
+
+# How assistants begin when they refuse. Looked for, in lower case, in the first sentence of an answer.
+REFUSALS = (
+    "i'm sorry, but",
+    "i am sorry, but",
+    "i cannot assist",
+    "i can't assist",
+    "i'm unable to",
+    "i am unable to",
+    "i cannot see",
+    "i can't see",
+    "i cannot view",
+    "i can't view",
+    "as an ai",
+    "as a language model",
+    "no image was provided",
+    "there is no image",
+)
+
+
+@dataclass
+class FilterConfig:
+    """What to leave out of a source. Nothing is left out by default."""
+
+    min_ratings: dict[str, int] = field(
+        default_factory=dict, metadata={"help": f"Least rating, 1 to 5, of each kept turn: {', '.join(RATINGS)}."}
+    )
+    drop_refusals: bool = field(default=False, metadata={"help": "Leave out rows in which the assistant refuses."})
+    refusal_phrases: list[str] = field(default_factory=lambda: list(REFUSALS), metadata={"help": "Marks of a refusal."})
+    min_answer_characters: int = field(default=0, metadata={"help": "Least length of every answer."})
+    max_answer_characters: int | None = field(default=None, metadata={"help": "Greatest length of every answer."})
+    max_question_characters: int | None = field(default=None, metadata={"help": "Greatest length of every question."})
+    max_turns: int | None = field(default=None, metadata={"help": "Greatest number of answers in a row."})
+    drop_duplicate_images: bool = field(default=False, metadata={"help": "Use each picture (or set of them) once."})
+    drop_duplicate_questions: bool = field(
+        default=False, metadata={"help": "Use the same questions about the same pictures once."}
+    )
+    min_image_text_score: float | None = field(
+        default=None, metadata={"help": "Least SigLIP similarity, -1 to 1, of a row's first picture and its answer."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in self.min_ratings.items():
+            if name not in RATINGS or not 1 <= least <= 5:
+                raise ValueError(f"min_ratings has {name}: {least}; it takes {', '.join(RATINGS)}, each from 1 to 5")
+        if self.max_answer_characters is not None and self.max_answer_characters < self.min_answer_characters:
+            raise ValueError(
+                f"max_answer_characters is {self.max_answer_characters}, below min_answer_characters "
+                f"{self.min_answer_characters}: no answer has both"
+            )
+        if self.min_image_text_score is not None and not -1 <= self.min_image_text_score <= 1:
+            raise ValueError(f"min_image_text_score is {self.min_image_text_score}; a similarity lies between -1 and 1")
+
+
+def filtered(conversation: Conversation, config: FilterConfig) -> Conversation:
+    """Return what a source's filters leave of a conversation, looking at this row alone.
+
+    Turns with a low rating go one by one, as FineVision rates them; the other filters take the row or leave it.
+
+    Raises:
+        Dropped: nothing is left, or a filter refuses the row.
+    """
+    conversation = _well_rated(conversation, config.min_ratings)
+    answers, questions = conversation.texts("assistant"), conversation.texts("user")
+    if config.drop_refusals:
+        for answer in answers:
+            opening = re.split(r"[.!?\n]", answer.lower().replace("\u2019", "'"), maxsplit=1)[0]
+            if found := [phrase for phrase in config.refusal_phrases if phrase in opening]:
+                raise Dropped("refusal", found[0])
+    shortest = min(map(len, answers))
+    if shortest < config.min_answer_characters:
+        raise Dropped("answer too short", f"{shortest} characters, at least {config.min_answer_characters}")
+    _bound("answer too long", max(map(len, answers)), config.max_answer_characters)
+    _bound("question too long", max(map(len, questions)), config.max_question_characters)
+    _bound("too many turns", len(answers), config.max_turns)
+    return conversation
+
+
+def _bound(reason: str, value: int, most: int | None) -> None:
+    if most is not None and value > most:
+        raise Dropped(reason, f"{value}, at most {most}")
+
+
+def _well_rated(conversation: Conversation, least: Mapping[str, int]) -> Conversation:
+    """Return the conversation without the turns that are rated too low; their pictures pass to the next turn."""
+    wanted = {name: bound for name, bound in least.items() if conversation.ratings.get(name)}
+    if not wanted:
+        return conversation
+    pairs = [conversation.messages[start : start + 2] for start in range(0, len(conversation.messages), 2)]
+    kept, orphans = [], []
+    low: dict[str, int] = {}
+    for index, pair in enumerate(pairs):
+        found = [name for name, bound in wanted.items() if _rating(conversation.ratings[name], index, bound) < bound]
+        question, *answer = pair
+        images = [part for part in question["content"] if part["type"] == "image"]
+        if found:
+            low[found[0]] = low.get(found[0], 0) + 1
+            orphans += images
+        else:
+            kept += [{**question, "content": [*orphans, *question["content"]]}, *answer]
+            orphans = []
+    if not kept:
+        raise Dropped(f"low {max(low, key=low.get)} rating", f"all {len(pairs)} turns are rated below {dict(wanted)}")
+    if orphans:  # the last turns went, and pictures with them that no turn shows any more
+        raise Dropped("picture without a turn", "the turns that show it are rated too low")
+    return replace(conversation, messages=kept, ratings={})
+
+
+def _rating(ratings: Sequence[int | None], index: int, default: int) -> int:
+    """Return a turn's rating; a turn that was not rated passes."""
+    return default if index >= len(ratings) or ratings[index] is None else ratings[index]
+
+
+class Duplicates:
+    """Remembers pictures and questions, for the whole mixture."""
+
+    def __init__(self) -> None:
+        self._images: set[bytes] = set()
+        self._questions: set[bytes] = set()
+
+    def check(self, conversation: Conversation, contents: Sequence[bytes], config: FilterConfig) -> None:
+        """Remember a row, and refuse it where it was there before.
+
+        Args:
+            conversation: the row.
+            contents: the encoded bytes of its pictures.
+            config: the filters of its source.
+
+        Raises:
+            Dropped: its pictures, or the same questions about them, have been seen.
+        """
+        images = hashlib.sha1(b"".join(hashlib.sha1(content).digest() for content in contents)).digest()
+        asked = "\n".join(" ".join(re.findall(r"\w+", question.lower())) for question in conversation.texts("user"))
+        question = hashlib.sha1(images + asked.encode()).digest()
+        if config.drop_duplicate_images and contents and images in self._images:
+            raise Dropped("duplicate image")
+        if config.drop_duplicate_questions and question in self._questions:
+            raise Dropped("duplicate question")
+        self._images.add(images)
+        self._questions.add(question)

@@ -1,0 +1,251 @@
+"""From stored rows to training rows: check, filter, open pictures; count and name whatever is left out."""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from siq_vl.data.collation import supervised_segments
+from siq_vl.data.conversations import Conversation, Dropped, check
+from siq_vl.data.filters import Duplicates, filtered
+from siq_vl.data.images import decode_image, download_image, find_under, is_remote
+from siq_vl.data.scoring import BATCH_SIZE, scored_text
+from siq_vl.data.sources import Source
+from siq_vl.processing_siq_vl import SiQVLProcessor, to_rgb
+
+logger = logging.getLogger(__name__)
+
+# Defects are judged against at least so many rows, so that one bad row among the first few does not end a run.
+LEAST_ROWS = 100
+Scorer = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[float]]
+
+
+class DropLog:
+    """Counts the rows left out of each source by reason, names each in a file, and stops when too many are broken.
+
+    Args:
+        max_bad_share: greatest share of broken rows among those read from a source.
+        path: a JSON line is appended here for each row left out, by whatever process reads it.
+    """
+
+    def __init__(self, max_bad_share: float, path: Path | None = None):
+        self.max_bad_share, self.path = max_bad_share, path
+        self.read: Counter[str] = Counter()
+        self.defects: Counter[str] = Counter()
+        self.reasons: dict[str, Counter[str]] = {}
+        self._known: set[tuple[str, int]] = set()
+
+    def add(self, source: str, row: int, dropped: Dropped) -> None:
+        """Take note of a row that was left out, the first time that it is.
+
+        Raises:
+            ValueError: more than `max_bad_share` of the source's rows are broken.
+        """
+        if (source, row) in self._known:
+            return
+        self._known.add((source, row))
+        reasons = self.reasons.setdefault(source, Counter())
+        reasons[dropped.reason] += 1
+        if self.path is not None:
+            entry = {"source": source, "row": row, "reason": dropped.reason, "detail": dropped.detail}
+            with open(self.path, "a", encoding="utf-8") as log:
+                log.write(json.dumps(entry) + "\n")
+        self.defects[source] += dropped.defect
+        allowed = self.max_bad_share * max(self.read[source], LEAST_ROWS)
+        if dropped.defect and self.defects[source] > allowed:
+            counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+            raise ValueError(
+                f"{self.defects[source]} of {self.read[source]} rows read from {source} are broken, more than "
+                f"max_bad_share={self.max_bad_share} allows ({counts}; the last: {dropped}). Mend the source"
+                + (f" (each row is named in {self.path.name} in the output folder)" if self.path else "")
+                + ", or raise max_bad_share"
+            )
+
+    def merged(self) -> dict[str, dict[str, int]]:
+        """Return rows left out, by source and reason, of all processes that share the file, each row once."""
+        if self.path is None or not self.path.exists():
+            return {source: dict(reasons) for source, reasons in self.reasons.items()}
+        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        rows = {(line["source"], line["row"]): line["reason"] for line in lines if "source" in line}
+        merged: dict[str, Counter[str]] = {}
+        for (source, _), reason in rows.items():
+            merged.setdefault(source, Counter())[reason] += 1
+        return {source: dict(reasons) for source, reasons in merged.items()}
+
+    def begin(self, run: Mapping) -> None:
+        """Start the file anew, unless it belongs to the very run that now goes on."""
+        if self.path is None or int(os.environ.get("RANK", "0")):
+            return
+        header = json.dumps({"run": run}, default=str, sort_keys=True)
+        if self.path.exists() and self.path.read_text(encoding="utf-8").startswith(header + "\n"):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(header + "\n", encoding="utf-8")
+
+
+class Reader:
+    """Makes training rows of what sources store.
+
+    Args:
+        drops: takes note of the rows that are left out.
+        processor: counts tokens; None leaves lengths unchecked.
+        max_length: longest row, in tokens, image tokens included; longer rows are left out, never cut.
+        max_image_side: pictures with a longer side are scaled down while they are read.
+        scorer: similarity of pictures and texts, for sources that filter by it.
+        blind: withhold every picture.
+    """
+
+    def __init__(
+        self,
+        drops: DropLog,
+        processor: SiQVLProcessor | None = None,
+        max_length: int | None = None,
+        max_image_side: int | None = None,
+        scorer: Scorer | None = None,
+        blind: bool = False,
+    ):
+        self.drops, self.processor, self.max_length = drops, processor, max_length
+        self.max_image_side, self.scorer, self.blind = max_image_side, scorer, blind
+
+    def conversation(self, source: Source, row: Mapping | None) -> Conversation:
+        """Return what checks and filters leave of a row, its pictures not yet opened.
+
+        Raises:
+            Dropped: the row is broken, unwanted or too long.
+        """
+        conversation = source.conversation(row)
+        check(conversation)
+        conversation = filtered(conversation, source.config.filters)
+        if self.blind:
+            conversation = conversation.without_images()
+        for image in conversation.images:
+            _locate(image, source)
+        self._check_length(conversation, None)
+        return conversation
+
+    def training_row(self, source: Source, conversation: Conversation) -> dict:
+        """Return a row for `ConversationCollator`: `images` (opened), `messages`, `source`, `chat_template_kwargs`.
+
+        Raises:
+            Dropped: a picture cannot be read, or the row is too long.
+        """
+        images = [self.image(image, source) for image in conversation.images]
+        self._check_length(conversation, [image.size[::-1] for image in images])
+        return {
+            "images": images,
+            "messages": list(conversation.messages),
+            "source": source.name,
+            "chat_template_kwargs": dict(conversation.template_options),
+        }
+
+    def image(self, image: Any, source: Source) -> Image.Image:
+        """Open a picture.
+
+        Raises:
+            Dropped: it is missing, damaged, too large to be safe, out of bounds, or remote without leave.
+        """
+        found = _locate(image, source)
+        if isinstance(found, Image.Image):
+            return to_rgb(found)
+        name = found.name if isinstance(found, Path) else f"a picture of {source.name}"
+        try:
+            content = download_image(found) if isinstance(found, str) else found
+            return decode_image(content, name, self.max_image_side)
+        except ValueError as error:
+            reason = "image too large" if "too many pixels" in str(error) else "image that cannot be read"
+            raise Dropped(reason, str(error), defect=True) from error
+
+    def accepted(
+        self, source: Source, rows: Iterator[tuple[int, Mapping | None]], duplicates: Duplicates
+    ) -> Iterator[tuple[int, Conversation]]:
+        """Yield (number, conversation) of the rows that pass every check and filter, pictures not opened."""
+        filters = source.config.filters
+        waiting: list[tuple[int, Conversation]] = []
+        for number, row in rows:
+            self.drops.read[source.name] += 1
+            try:
+                conversation = self.conversation(source, row)
+                if filters.drop_duplicate_images or filters.drop_duplicate_questions:
+                    duplicates.check(conversation, [_content(image, source) for image in conversation.images], filters)
+            except Dropped as dropped:
+                self.drops.add(source.name, number, dropped)
+                continue
+            if filters.min_image_text_score is None or not conversation.images:
+                yield number, conversation
+                continue
+            waiting.append((number, conversation))
+            if len(waiting) == BATCH_SIZE:
+                yield from self._well_scored(source, waiting)
+                waiting = []
+        yield from self._well_scored(source, waiting)
+
+    def _well_scored(self, source: Source, rows: list[tuple[int, Conversation]]) -> Iterator[tuple[int, Conversation]]:
+        readable, images = [], []
+        for number, conversation in rows:
+            try:
+                images.append(self.image(conversation.images[0], source))
+                readable.append((number, conversation))
+            except Dropped as dropped:
+                self.drops.add(source.name, number, dropped)
+        if not readable:
+            return
+        least = source.config.filters.min_image_text_score
+        scores = self.scorer(images, [scored_text(conversation) for _, conversation in readable])
+        for (number, conversation), score in zip(readable, scores, strict=True):
+            if score < least:
+                self.drops.add(source.name, number, Dropped("image and text do not match", f"similarity {score:.3f}"))
+            else:
+                yield number, conversation
+
+    def _check_length(self, conversation: Conversation, sizes: list[tuple[int, int]] | None) -> None:
+        """Refuse a row of more than `max_length` tokens; `sizes` (height, width) of its pictures where they are known."""
+        if self.processor is None or self.max_length is None:
+            return
+        segments = supervised_segments(self.processor, conversation.messages, conversation.template_options)
+        tokens = self.processor.tokenizer([text for text, _ in segments], add_special_tokens=False)["input_ids"]
+        count = sum(map(len, tokens)) - len(conversation.images)  # each picture is one token of the text so far
+        if sizes:
+            count += sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+        else:
+            count += len(conversation.images) * self.processor.image_seq_length
+        if count > self.max_length:
+            raise Dropped("longer than max_length", f"{count} tokens, max_length={self.max_length}")
+
+
+def _locate(image: Any, source: Source) -> Path | bytes | str | Image.Image:
+    """Return where a picture is to be read from: a file, its bytes, an address, or itself.
+
+    Raises:
+        Dropped: it is missing, out of bounds, or remote without leave.
+    """
+    if isinstance(image, Mapping):
+        image = image["bytes"] if image.get("bytes") else image.get("path")
+    if isinstance(image, (bytes, Image.Image)):
+        return image
+    if not isinstance(image, str) or not image:
+        raise Dropped("missing image", f"a {type(image).__name__} in place of a picture", defect=True)
+    if is_remote(image):
+        if not source.config.allow_remote_images:
+            raise Dropped("remote image", f"{image}: set allow_remote_images to fetch it", defect=True)
+        return image
+    try:
+        return find_under(image, source.roots)
+    except FileNotFoundError as error:
+        raise Dropped("missing image", str(error), defect=True) from error
+    except (PermissionError, OSError, ValueError) as error:  # also names that no file system takes
+        raise Dropped("image outside the folder", str(error), defect=True) from error
+
+
+def _content(image: Any, source: Source) -> bytes:
+    """Return what tells a picture from others: its bytes, stored, or its address."""
+    found = _locate(image, source)
+    if isinstance(found, Path):
+        return found.read_bytes()
+    if isinstance(found, Image.Image):
+        return found.tobytes()
+    return found.encode() if isinstance(found, str) else found

@@ -1,0 +1,274 @@
+"""Sources of training rows: a Hub data set or local files, whole or streamed, read as conversations."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import datasets
+import pyarrow
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from siq_vl.data.adapters import FORMATS, recognise
+from siq_vl.data.conversations import Conversation, Dropped
+from siq_vl.data.filters import FilterConfig
+from siq_vl.data.images import find_under
+
+logger = logging.getLogger(__name__)
+
+FIGURES = "figures"
+COCOQA_FILES = {"question": "questions.txt", "answer": "answers.txt", "img_id": "img_ids.txt"}
+# The names that annotation files give to a split; OCR-VQA numbers them.
+_SPLIT_NAMES = {"train": ("train", 1), "validation": ("validation", "val", 2), "val": ("val", "validation", 2)}
+_SPLIT_NAMES["test"] = ("test", 3)
+_SHUFFLE_BUFFER = 500  # rows of a stream that wait, pictures encoded, to be drawn at random
+
+
+@dataclass
+class SourceConfig:
+    """One source of a mixture; in a recipe, one mapping of the list `sources`."""
+
+    path: str = field(metadata={"help": "Hub id, local file or folder, or 'figures', the drawn data set."})
+    format: str | None = field(default=None, metadata={"help": f"One of {', '.join(FORMATS)}; told by the columns."})
+    subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set, or a sub-folder."})
+    data_files: str | None = field(default=None, metadata={"help": "File of a Hub data set, where it has several."})
+    split: str = field(default="train", metadata={"help": "Split to read."})
+    weight: float | None = field(default=None, metadata={"help": "Share of the mixture, set for all sources or none."})
+    max_samples: int | None = field(default=None, metadata={"help": "Rows to use at most, drawn at random."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows while training, with nothing read before."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Where named pictures lie, if not beside the rows."}
+    )
+    allow_remote_images: bool = field(default=False, metadata={"help": "Fetch pictures that are given as addresses."})
+    instruction: str | None = field(default=None, metadata={"help": "Added to every question; for captions, asks."})
+    filters: FilterConfig = field(default_factory=FilterConfig, metadata={"help": "What to leave out."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.filters, Mapping):
+            self.filters = FilterConfig(**self.filters)
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}; it must be one of {', '.join(FORMATS)}")
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(f"weight of {self.path} is {self.weight}; it must be above 0, or leave the source out")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples of {self.path} is {self.max_samples}; it must be at least 1")
+
+    @property
+    def name(self) -> str:
+        """What logs, counts and the model card call the source; never an absolute path."""
+        path = Path(self.path).resolve().name if Path(self.path).exists() else self.path
+        return path if self.subset is None else f"{path}/{self.subset}"
+
+
+class Source:
+    """Rows of one source, each made a conversation when it is read.
+
+    Args:
+        config: what to read. Relative paths are looked for in the working folder and below `base`.
+        base: another folder for relative paths.
+
+    Raises:
+        ValueError: there is no such source, or its columns fit no known format.
+    """
+
+    def __init__(self, config: SourceConfig, base: Path | None = None):
+        self.name, self.split, self.instruction = config.name, config.split, config.instruction
+        self.config = config
+        candidates = [Path(config.path), *([base / config.path] if base else [])]
+        self.path = next((path for path in candidates if path.exists()), None)
+        if self.path is None and (config.path.startswith((".", "/", "~")) or config.path.count("/") > 1):
+            raise ValueError(f"there is no source {config.path}: pass a file, a folder, a Hub id or 'figures'")
+        self.roots = self._roots(base)
+        self.json = False  # whether rows are lines of JSON, which may differ in their types
+        self.rows = self._open().with_format("arrow")  # pictures stay encoded
+        self.adapter = FORMATS[config.format or self._recognised()]
+
+    def _roots(self, base: Path | None) -> list[Path]:
+        """Return the folders that named pictures must lie in."""
+        if self.config.image_folder is not None:
+            given = Path(self.config.image_folder)
+            roots = [path for path in (given, *([base / given] if base else [])) if path.is_dir()]
+            if not roots:
+                raise ValueError(f"image_folder {given} of {self.name} is not a folder: pass where its pictures lie")
+            return roots[:1]
+        if self.path is None:  # a Hub data set names pictures in the caches of its library, where they were unpacked
+            return [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return [folder] if self.config.subset is None else [folder / self.config.subset, folder]
+
+    def _open(self) -> Dataset | IterableDataset:
+        config, path = self.config, self.path
+        if path is None:
+            return load_dataset(
+                config.path,
+                name=config.subset,
+                data_files=config.data_files,
+                split=config.split,
+                streaming=config.streaming,
+            )
+        if path.is_dir() and config.subset is not None:
+            path = path / config.subset
+        if path.is_dir():
+            if all((path / name).is_file() for name in COCOQA_FILES.values()):
+                return self._listed(_read_cocoqa(path))
+            if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+                saved = load_from_disk(str(path))
+                saved = saved if isinstance(saved, Dataset) else saved[config.split]
+                return saved.to_iterable_dataset() if config.streaming else saved
+        files = _files(path, config.split)
+        names, options = [str(file) for file in files], {"split": "train", "streaming": config.streaming}
+        if files[0].suffix == ".parquet":
+            return load_dataset("parquet", data_files=names, **options)
+        if files[0].suffix == ".jsonl":
+            self.json = True
+            return load_dataset("text", data_files=names, encoding_errors="replace", **options)
+        return self._listed([row for file in files for row in read_annotations(file, config.split)])
+
+    def _listed(self, rows: list) -> Dataset | IterableDataset:
+        self.json = True
+        listed = Dataset.from_dict({"text": [json.dumps(row) for row in rows]})
+        return listed.to_iterable_dataset() if self.config.streaming else listed
+
+    def _recognised(self) -> str:
+        first = next((row for row in map(self._row, self.rows.iter(1)) if row is not None), {})
+        try:
+            return recognise(list(first))
+        except ValueError as error:
+            raise ValueError(f"source {self.name}: {error}") from error
+
+    def _row(self, table: pyarrow.Table) -> Mapping | None:
+        """Return the row of a table of one; None where it should be a JSON object and is not."""
+        row = table.to_pylist()[0]
+        if not self.json:
+            return row
+        try:
+            row = json.loads(row["text"])
+        except json.JSONDecodeError:
+            return None
+        return row if isinstance(row, dict) else None
+
+    @property
+    def streaming(self) -> bool:
+        """Whether rows can only be read in order."""
+        return self.config.streaming
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def conversation(self, row: Mapping | None) -> Conversation:
+        """Return a row as a conversation.
+
+        Raises:
+            Dropped: the row does not have the form of the others.
+        """
+        if not isinstance(row, Mapping):
+            raise Dropped("row that cannot be read", "not a JSON object", defect=True)
+        try:
+            return self.adapter(row, self)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise Dropped("row that cannot be read", f"{type(error).__name__}: {error}", defect=True) from error
+
+    def __getitem__(self, index: int) -> Mapping | None:
+        """Return a row as it is stored, its pictures not decoded; None where it is no JSON object."""
+        return self._row(self.rows[index])
+
+    def stream(self, part: int, parts: int, seed: int) -> Iterator[tuple[int, Mapping | None]]:
+        """Yield (number, row), shuffled, of one of the `parts` that the rows are dealt out in.
+
+        Files are dealt out where there are enough of them, single rows otherwise. A row has the same number each time.
+        """
+        if isinstance(self.rows, Dataset):
+            order = list(range(part, len(self.rows), parts))
+            Random(seed).shuffle(order)
+            yield from ((index, self[index]) for index in order)
+            return
+        # `iter`, since plain iteration deals rows out among loader processes once more.
+        shards = self.rows.n_shards
+        if shards < parts:
+            tables = ((index, table) for index, table in enumerate(self.rows.iter(1)) if index % parts == part)
+        else:
+            mine = list(range(part, shards, parts))
+            Random(seed).shuffle(mine)
+            tables = (
+                (index * shards + shard, table)
+                for shard in mine
+                for index, table in enumerate(self.rows.shard(shards, shard).iter(1))
+            )
+        yield from ((number, self._row(table)) for number, table in _shuffled(tables, seed))
+
+    def find(self, names: Sequence[str]) -> str:
+        """Return the first name that is a picture of this source, or the first of all where none is."""
+        for name in names:
+            try:
+                find_under(name, self.roots)
+            except (FileNotFoundError, PermissionError):
+                continue
+            return name
+        return names[0]
+
+
+def _shuffled(items: Iterator, seed: int) -> Iterator:
+    """Yield items in an order that is random within a buffer."""
+    rng, buffer = Random(seed), []
+    for item in items:
+        if len(buffer) < _SHUFFLE_BUFFER:
+            buffer.append(item)
+            continue
+        place = rng.randrange(_SHUFFLE_BUFFER)
+        buffer[place], item = item, buffer[place]
+        yield item
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def read_annotations(path: Path, split: str) -> list[Any]:
+    """Return the rows of an annotation file: a list, a list under `data`, or objects by their id.
+
+    Rows that name their `split` are kept where it is the one asked for.
+
+    Raises:
+        ValueError: the file is not JSON, or has another form.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is not a JSON file: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    elif isinstance(content, dict) and all(isinstance(row, dict) for row in content.values()):
+        content = [{"id": name, **row} for name, row in content.items()]
+    if not isinstance(content, list):
+        raise ValueError(
+            f"{path.name} holds neither a list of rows, nor a list under 'data', nor objects by id: convert it to JSONL"
+        )
+    names = _SPLIT_NAMES.get(split, (split,))
+    return [row for row in content if not isinstance(row, dict) or row.get("split", names[0]) in names]
+
+
+def _read_cocoqa(folder: Path) -> list[dict[str, str]]:
+    columns = {name: (folder / file).read_text(encoding="utf-8").splitlines() for name, file in COCOQA_FILES.items()}
+    if len({len(values) for values in columns.values()}) > 1:
+        lengths = ", ".join(f"{COCOQA_FILES[name]} {len(values)}" for name, values in columns.items())
+        raise ValueError(f"the files of COCO-QA must have one line a question each, but have: {lengths}")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    """Return the files of rows at a path, all of one kind, those of the split where their names tell it."""
+    if path.is_file():
+        if path.suffix not in (".parquet", ".jsonl", ".json"):
+            raise ValueError(f"{path.name} is no source of rows: pass a .parquet, .jsonl or .json file, or a folder")
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path.name} is neither a file nor a folder: check `path` and `subset` of the source")
+    for pattern in ("*.parquet", "*.jsonl", "*.json"):
+        found = sorted(file for file in path.rglob(pattern) if not file.name.startswith((".", "dataset_info", "pid_")))
+        if found:
+            names = [str(name) for name in _SPLIT_NAMES.get(split, (split,))[:-1]] or [split]
+            named = [file for file in found if any(name in str(file.relative_to(path)) for name in names)]
+            return named or found
+    raise ValueError(f"the folder {path.name} holds no .parquet, .jsonl or .json file: check `path` of the source")
