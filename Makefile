@@ -39,6 +39,19 @@ $(VENV5)/.ready: requirements-v5.txt
 clean:
 	rm -rf outputs/tiny
 
+# Transformers' own test mixins, from the source of the installed release; SIQ_VL_TRANSFORMERS_SOURCE=folder takes
+# another source, such as a checkout of the release, which has the mixins for generation too.
+SIQ_VL_TRANSFORMERS_SOURCE ?= $(VENV)/transformers-source
+.PHONY: test-hf
+test-hf: $(SIQ_VL_TRANSFORMERS_SOURCE)
+	SIQ_VL_TRANSFORMERS_SOURCE=$< $(VENV)/bin/python -m pytest -q -o addopts= tests/test_hf_mixins.py
+
+$(VENV)/transformers-source: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check parameterized==0.9.0
+	release=$$($(VENV)/bin/python -c "import transformers; print(transformers.__version__)") && \
+	$(VENV)/bin/python -m pip download -q --no-deps --no-binary :all: -d $(VENV) transformers==$$release && \
+	mkdir -p $@ && tar -xzf $(VENV)/transformers-$$release.tar.gz -C $@ --strip-components 1
+
 # Make the repo the checkpoint that `make demo` left after stage 3.
 .PHONY: root
 root:

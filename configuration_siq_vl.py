@@ -265,10 +265,17 @@ class SiQVLConfig(PretrainedConfig):
         return super().save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Turns the configuration into a dict that both majors of transformers read alike."""
+        """Turns the configuration into a dict of all its fields."""
         fields = super().to_dict()
         fields["tie_word_embeddings"] = self.tie_word_embeddings
-        fields["text_config"].update(_rope_of_both_majors(fields["text_config"]))
+        if TRANSFORMERS_4:  # transformers 5 drops the other major's names whenever it reads the text configuration
+            fields["text_config"].update(_rope_of_both_majors(fields["text_config"]))
+        return fields
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Turns the configuration into the dict that is saved, which both majors of transformers read alike."""
+        fields = super().to_diff_dict()
+        fields["text_config"].update(_rope_of_both_majors(self.text_config.to_dict()))
         return fields
 
     def _validate(self) -> None:

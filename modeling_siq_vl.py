@@ -16,14 +16,39 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,
     SiglipVisionModel,
+    SuppressTokensLogitsProcessor,
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .configuration_siq_vl import SiQVLConfig, tokens_per_image
+from .configuration_siq_vl import TRANSFORMERS_4, SiQVLConfig, tokens_per_image
+
+logger = logging.get_logger(__name__)
+
+if TRANSFORMERS_4:
+    from transformers.models.siglip.modeling_siglip import SiglipVisionTransformer
+
+    class VisionTower(SiglipVisionModel):
+        """The tower without the level `vision_model` of transformers 4, so that weights have the same names on 5."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            nested = self._modules.pop("vision_model")
+            self._modules.update(nested._modules)
+            self.use_head = nested.use_head
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embeddings.patch_embedding
+
+        forward = SiglipVisionTransformer.forward
+
+else:
+    VisionTower = SiglipVisionModel
 
 
 def pixel_shuffle(features: torch.Tensor, rows: int, columns: int, factor: int) -> torch.Tensor:
@@ -136,6 +161,17 @@ class SiQVLPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        No: all weights are initialised by transformers' own functions.
+
+        transformers 5 passes over modules without weights of their own where a class has other functions, and with them
+        over what SigLIP's attention and MLP blocks do for their layers.
+        """
+        return False
 
 
 class SiQVLModel(SiQVLPreTrainedModel):
@@ -150,10 +186,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
 
     def __init__(self, config: SiQVLConfig):
         super().__init__(config)
-        # transformers 4 nests the tower as `SiglipVisionModel.vision_model`, transformers 5 has it flat. Keeping the
-        # inner module gives the weights the same names on both.
-        tower = AutoModel.from_config(config.vision_config)
-        self.vision_tower = dict(tower.named_children()).get("vision_model", tower)
+        self.vision_tower = VisionTower._from_config(config.vision_config)
         self.projector = SiQVLProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -250,11 +283,10 @@ class SiQVLModel(SiQVLPreTrainedModel):
             ValueError: if the counts differ.
         """
         mask = self._find_placeholders(input_ids, inputs_embeds)
-        n_placeholders = int(mask.sum())
         n_features = image_features.shape[0] * image_features.shape[1]
-        if n_placeholders != n_features:
+        if _is_false(mask.sum() == n_features, "Image features and image tokens do not match."):
             raise ValueError(
-                f"Image features and image tokens do not match: tokens: {n_placeholders}, features {n_features}. Each "
+                f"Image features and image tokens do not match: tokens: {int(mask.sum())}, features {n_features}. Each "
                 f"image needs {image_features.shape[1] or self.config.image_seq_length} placeholders: let the processor expand them, and do not "
                 "truncate inside an image."
             )
@@ -268,6 +300,20 @@ class SiQVLModel(SiQVLPreTrainedModel):
             return input_ids == self.config.image_token_id
         placeholder = torch.tensor(self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+    def _check_images_given(self, input_ids: torch.LongTensor, refuse: bool) -> None:
+        """Refuses placeholders, in ids of shape `(batch_size, sequence_length)`, without images; or only warns of them."""
+        mask = self._find_placeholders(input_ids, None)
+        if not refuse and torch.compiler.is_compiling():
+            return
+        if _is_false(~mask.any(), "Image features and image tokens do not match."):
+            message = (
+                f"Image features and image tokens do not match: tokens: {int(mask.sum())}, features 0. No images were "
+                "given, so the placeholders stand for nothing: pass the pixel_values that the processor made."
+            )
+            if refuse:
+                raise ValueError(message)
+            logger.warning_once(message)
 
     def _zero_of_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """
@@ -296,7 +342,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
         past_key_values: Optional[Cache] = None,
         inputs_embeds: Optional[torch.Tensor] = None,
         use_cache: Optional[bool] = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Union[tuple, SiQVLModelOutputWithPast]:
         """
         See [`SiQVLForConditionalGeneration.forward`] for the arguments.
@@ -313,7 +359,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
             raise ValueError("Got both or neither of input_ids and inputs_embeds: pass exactly one.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        self._check_packing(position_ids, attention_mask, past_key_values, use_cache)
+        self._check_packing(inputs_embeds.shape[0], position_ids, attention_mask, past_key_values, use_cache)
 
         image_features = None
         if pixel_values is not None or vision_features is not None:
@@ -321,8 +367,8 @@ class SiQVLModel(SiQVLPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif input_ids is not None and input_ids.shape[1] > 1:
-            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_zeros(0, 0, 1))
+        elif input_ids is not None and input_ids.shape[1] > 1 and _is_empty(past_key_values):
+            self._check_images_given(input_ids, refuse=self.training)
         if image_features is None and self.training:
             inputs_embeds = inputs_embeds + self._zero_of_vision(inputs_embeds).to(inputs_embeds)
 
@@ -344,6 +390,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
 
     def _check_packing(
         self,
+        n_rows: int,
         position_ids: Optional[torch.LongTensor],
         attention_mask: Optional[torch.Tensor],
         past_key_values: Optional[Cache],
@@ -358,18 +405,19 @@ class SiQVLModel(SiQVLPreTrainedModel):
         if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
             return
         cached = past_key_values is not None or (self.config.text_config.use_cache if use_cache is None else use_cache)
-        if attention_mask is None and not cached and position_ids.shape[0] == 1:
+        if attention_mask is None and not cached and n_rows == 1:
             return
-        restarts = position_ids[:, 1:] <= position_ids[:, :-1]
+        visible = torch.ones_like(position_ids, dtype=torch.bool)
         if attention_mask is not None:
             if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
                 return  # made by the caller, who knows what it hides
             visible = attention_mask[:, -position_ids.shape[1] :].bool()
-            restarts = restarts & visible[:, 1:] & visible[:, :-1]
-        if bool(restarts.any()):
+        reached = position_ids.masked_fill(~visible, -1).cummax(dim=1).values  # by the visible tokens up to each
+        restarts = visible[:, 1:] & (position_ids[:, 1:] <= reached[:, :-1])
+        if _is_false(~restarts.any(), "position_ids restart inside a row: the samples would see each other."):
             raise ValueError(
                 "position_ids restart inside a row, but samples packed into a row would see each other in a batch of "
-                f"{position_ids.shape[0]} rows, attention_mask {'given' if attention_mask is not None else 'None'} and "
+                f"{n_rows} rows, attention_mask {'given' if attention_mask is not None else 'None'} and "
                 f"use_cache={bool(cached)}: pass one row, attention_mask=None and use_cache=False."
             )
 
@@ -449,6 +497,14 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             setattr(model.generation_config, name, getattr(decoder.generation_config, name))
         return model.eval()
 
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.model.vision_tower
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.language_model
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -480,7 +536,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         labels: Optional[torch.LongTensor] = None,
         use_cache: Optional[bool] = None,
         logits_to_keep: Union[int, torch.Tensor] = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Union[tuple, SiQVLCausalLMOutputWithPast]:
         """
         Replaces the placeholders by projected image features and runs the language model.
@@ -560,12 +616,23 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         new_ids = inputs["input_ids"]
         if new_ids is None or not images:
             inputs.update(images)
-        elif new_ids.shape[1] >= (n_tokens := self.model._tokens_per_image(pixel_values, vision_features)):
-            # a single decoded token cannot hold an image
+            return inputs
+        n_tokens = self.model._tokens_per_image(pixel_values, vision_features)
+        if new_ids.shape[1] > 1 or n_tokens == 1:  # a single decoded token holds no image
             total, new = (self._images_per_sample(n_tokens, ids) for ids in (input_ids, new_ids))
             if any(new):
                 inputs.update({name: _last_of_each_sample(value, total, new) for name, value in images.items()})
         return inputs
+
+    def _get_logits_processor(self, *args, device: Optional[str] = None, **kwargs) -> LogitsProcessorList:
+        """
+        Adds that no image placeholder is generated, nor proposed by prompt lookup.
+
+        It would stand for an image that nobody gave, in this generation and in each turn that follows.
+        """
+        processors = super()._get_logits_processor(*args, device=device, **kwargs)
+        processors.insert(0, SuppressTokensLogitsProcessor([self.config.image_token_id], device=device))
+        return processors
 
     def _images_per_sample(
         self, n_tokens: int, input_ids: Optional[torch.LongTensor], inputs_embeds: Optional[torch.Tensor] = None
@@ -574,6 +641,12 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         if inputs_embeds is not None:
             input_ids = None
         placeholders = self.model._find_placeholders(input_ids, inputs_embeds).sum(dim=1)
+        if (placeholders % n_tokens).any():
+            raise ValueError(
+                f"The rows of the prompt have {placeholders.tolist()} placeholders, but each image has {n_tokens}, to be "
+                "read in one step: let the processor expand them, and read no prompt in chunks (prefill_chunk_size) or from "
+                "a cache that ends inside an image."
+            )
         return (placeholders // n_tokens).tolist()
 
     def _expand_inputs_for_generation(
@@ -591,6 +664,9 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         """
         pixel_values = model_kwargs.pop("pixel_values", None)
         vision_features = model_kwargs.pop("vision_features", None)
+        text_alone = pixel_values is None and vision_features is None and model_kwargs.get("inputs_embeds") is None
+        if text_alone and _is_empty(model_kwargs.get("past_key_values")):
+            self.model._check_images_given(input_ids, refuse=True)
         if expand_size > 1 and pixel_values is not None:
             grid = self.model._patch_grid(pixel_values, None)
             vision_features = self.get_image_features(pixel_values, return_dict=True).last_hidden_state
@@ -615,6 +691,24 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         if vision_features is not None:
             model_kwargs["vision_features"] = vision_features
         return input_ids, model_kwargs
+
+
+def _is_false(condition: torch.Tensor, message: str) -> bool:
+    """
+    Whether a condition, a boolean of shape `()`, does not hold.
+
+    A compiled graph cannot branch on values: there the condition becomes an assertion of the graph, a `RuntimeError`
+    with the message where it does not hold.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+        return False
+    return not condition
+
+
+def _is_empty(cache: Optional[Cache]) -> bool:
+    """Whether a cache holds no tokens yet."""
+    return cache is None or cache.get_seq_length() == 0
 
 
 def _last_of_each_sample(images: torch.Tensor, total: list[int], new: list[int]) -> torch.Tensor:

@@ -6,11 +6,23 @@ import transformers
 from transformers import AutoModel, Idefics3Config, Idefics3ForConditionalGeneration
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
+from siq_vl import modeling_siq_vl
 from siq_vl.configuration_siq_vl import SiQVLConfig, tokens_per_image
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration, pixel_shuffle
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 V4 = transformers.__version__.startswith("4.")
+# With a tied output layer accelerate takes no map of the whole model from which one layer is excepted.
+OFFLOADED = {
+    "model.vision_tower": "cpu",
+    "model.projector": "cpu",
+    "model.language_model.embed_tokens": "cpu",
+    "model.language_model.layers.0": "cpu",
+    "model.language_model.layers.1": "disk",
+    "model.language_model.norm": "cpu",
+    "model.language_model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
 
 
 def prompts(processor, make_image, *n_images, padding_side="left"):
@@ -33,6 +45,13 @@ def count_encoded(monkeypatch):
         return encoded
 
     return count
+
+
+@pytest.fixture
+def uncompiled():
+    """Flex attention without the half a minute that compiling it takes."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class TestTokensPerImage:
@@ -93,7 +112,7 @@ class TestConfig:
         config = SiQVLConfig()
         assert config.image_seq_length == 256
         assert config.vision_config.vision_use_head is False
-        text = config.to_dict()["text_config"]
+        text = config.to_diff_dict()["text_config"]
         assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 1000000.0
         assert config.tie_word_embeddings is True
 
@@ -156,8 +175,8 @@ class TestConfig:
         for name in ("rope_theta", "rope_scaling", "rope_parameters"):
             fields["text_config"].pop(name, None)
         fields["text_config"].update(names[saved_by])
-        config = SiQVLConfig.from_dict(SiQVLConfig.from_dict(fields).to_dict())
-        saved = config.to_dict()["text_config"]
+        config = SiQVLConfig.from_dict(SiQVLConfig.from_dict(fields).to_diff_dict())
+        saved = config.to_diff_dict()["text_config"]
         assert saved["rope_theta"] == saved["rope_parameters"]["rope_theta"] == 5e5
         assert (
             (saved["rope_scaling"] or {}).get("factor")
@@ -279,8 +298,8 @@ class TestForward:
             outputs = model(**inputs, return_dict=False, use_cache=False)
         assert isinstance(outputs, tuple) and torch.equal(outputs[0], model(**inputs).logits)
 
-    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-    def test_attention_implementations_agree(self, make_model, make_image, processor, implementation):
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+    def test_attention_implementations_agree(self, make_model, make_image, processor, uncompiled, implementation):
         model, inputs = make_model(), prompts(processor, make_image, 1)
         with torch.no_grad():
             expected = model(**inputs).logits
@@ -288,6 +307,65 @@ class TestForward:
             torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
         tower_attention = model.model.vision_tower.encoder.layers[0].self_attn
         assert tower_attention.config._attn_implementation == implementation
+
+    @pytest.mark.gpu
+    def test_flash_attention(self, make_model, make_image, processor):
+        pytest.importorskip("flash_attn")
+        model, inputs = make_model().to("cuda", torch.bfloat16), prompts(processor, make_image, 1).to("cuda")
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            model.set_attn_implementation("flash_attention_2")
+            torch.testing.assert_close(model(**inputs).logits, expected, rtol=5e-2, atol=5e-2)
+
+    @pytest.mark.parametrize("images", [0, 1])
+    def test_compiles_without_graph_breaks(self, make_model, make_image, processor, images):
+        model, inputs = make_model(), prompts(processor, make_image, images)
+        torch.compiler.reset()
+        with torch.no_grad():
+            logits = torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits
+            torch.testing.assert_close(logits, model(**inputs).logits)
+
+    def test_compiled_model_still_counts_placeholders(self, make_model, make_image, processor):
+        model, inputs = make_model(), prompts(processor, make_image, 2)
+        inputs["pixel_values"] = inputs["pixel_values"][:1]
+        torch.compiler.reset()
+        with pytest.raises(RuntimeError, match="Image features and image tokens do not match"), torch.no_grad():
+            torch.compile(model, backend="eager", fullgraph=True)(**inputs)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, make_model, make_image, processor, dtype):
+        """Pixels stay in float32, as the processor makes them; outputs are as far off as the rounding."""
+        model, inputs = make_model(), prompts(processor, make_image, 1, 0)
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            logits = model.to(dtype)(**inputs).logits
+        assert logits.dtype == dtype
+        error = (logits.float() - expected)[inputs["attention_mask"].bool()].norm() / expected.norm()
+        assert error < 8 * torch.finfo(dtype).eps
+
+    @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, OFFLOADED])
+    def test_device_map(self, make_model, make_image, processor, tmp_path, device_map):
+        model, inputs = make_model(), prompts(processor, make_image, 1, 2)
+        model.save_pretrained(tmp_path)
+        loaded = SiQVLForConditionalGeneration.from_pretrained(
+            tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+        weight = loaded.model.language_model.layers[1].mlp.up_proj.weight
+        assert (weight.device.type == "meta") is (device_map is OFFLOADED)
+
+    def test_filled_after_meta_init(self, make_model, make_image, processor):
+        model, inputs = make_model(), prompts(processor, make_image, 1)
+        with torch.device("meta"):
+            empty = SiQVLForConditionalGeneration(model.config)
+        empty.load_state_dict(model.state_dict(), assign=True)
+        buffers = dict(model.named_buffers())
+        for name, _ in list(empty.named_buffers()):  # neither major keeps these in a checkpoint
+            parent, _, leaf = name.rpartition(".")
+            setattr(empty.get_submodule(parent), leaf, buffers[name])
+        with torch.no_grad():
+            assert torch.equal(empty(**inputs).logits, model(**inputs).logits)
 
 
 class TestForwardRefuses:
@@ -297,11 +375,24 @@ class TestForwardRefuses:
         with pytest.raises(ValueError, match="Image features and image tokens do not match: tokens: 8, features 4"):
             make_model()(**inputs)
 
-    def test_placeholders_without_images(self, make_model, make_image, processor):
+    @pytest.mark.parametrize("use", ["generate", "train"])
+    def test_placeholders_without_images(self, make_model, make_image, processor, use):
+        model, inputs = make_model(), prompts(processor, make_image, 1)
+        del inputs["pixel_values"]
+        call = model.generate if use == "generate" else model.train()
+        with pytest.raises(ValueError, match="Image features and image tokens do not match: tokens: 4, features 0"):
+            call(**inputs)
+
+    def test_only_warns_of_placeholders_without_images_in_a_forward_pass(
+        self, make_model, make_image, processor, monkeypatch
+    ):
+        """As transformers' own models read such text without complaint, and its tests run it."""
+        warnings = []
+        monkeypatch.setattr(modeling_siq_vl.logger, "warning_once", warnings.append)
         inputs = prompts(processor, make_image, 1)
         del inputs["pixel_values"]
-        with pytest.raises(ValueError, match="Image features and image tokens do not match: tokens: 4, features 0"):
-            make_model()(**inputs)
+        make_model()(**inputs)
+        assert len(warnings) == 1 and "tokens: 4, features 0. No images were given" in warnings[0]
 
     def test_both_kinds_of_images(self, make_model, make_image, processor):
         inputs = prompts(processor, make_image, 1)
@@ -361,12 +452,20 @@ class TestTraining:
         for name in ("model.projector.linear.weight", "model.language_model.layers.0.mlp.up_proj.weight"):
             torch.testing.assert_close(gradients[0][name], gradients[1][name])
 
-    def test_resized_embeddings(self, make_model, processor, make_image):
-        model, inputs = make_model(), prompts(processor, make_image, 1)
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_resized_embeddings(self, make_model, processor, make_image, tmp_path, tied):
+        model, inputs = make_model(text={"tie_word_embeddings": tied}), prompts(processor, make_image, 1)
         vocab_size = model.config.text_config.vocab_size
-        model.resize_token_embeddings(vocab_size + 3)
-        assert model(**inputs).logits.shape[-1] == model.config.text_config.vocab_size == vocab_size + 3
-        assert model.lm_head.weight is model.get_input_embeddings().weight
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            model.resize_token_embeddings(vocab_size + 3)
+            logits = model(**inputs).logits
+        assert logits.shape[-1] == model.config.text_config.vocab_size == vocab_size + 3
+        torch.testing.assert_close(logits[..., :vocab_size], expected)
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+        model.save_pretrained(tmp_path)
+        with torch.no_grad():
+            assert torch.equal(SiQVLForConditionalGeneration.from_pretrained(tmp_path)(**inputs).logits, logits)
 
 
 class TestPacking:
@@ -383,14 +482,67 @@ class TestPacking:
         }
         return packed, rows
 
-    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-    def test_equals_singles(self, make_model, packed, implementation):
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+    def test_equals_singles(self, make_model, packed, uncompiled, implementation):
         model, (packed, rows) = make_model(), packed
         model.set_attn_implementation(implementation)
         with torch.no_grad():
             logits = model(**packed, use_cache=False).logits
             expected = torch.cat([model(**row).logits for row in rows], dim=1)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+    def test_gradients_equal_singles(self, make_model, packed, implementation):
+        packed, rows = packed
+        gradients = []
+        for packing in (True, False):
+            model = make_model().train()
+            model.set_attn_implementation(implementation)
+            batches = [packed] if packing else rows
+            for batch in batches:
+                labels, positions = batch["input_ids"].clone(), batch.get("position_ids")
+                labels[:, 0] = -100
+                if positions is not None:
+                    labels[positions == 0] = -100
+                model(**batch, labels=labels, num_items_in_batch=10, use_cache=False).loss.backward()
+            gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+    @pytest.mark.parametrize("cache", [None, False, True, "dynamic", "static"])
+    @pytest.mark.parametrize("mask", [None, "ones", "gap"])
+    @pytest.mark.parametrize(("rows", "rows_of_positions"), [(1, 1), (2, 2), (2, 1)])
+    def test_is_right_or_refused(self, make_model, packed, cache, mask, rows, rows_of_positions):
+        """Every way to call with restarting positions: samples see only themselves, or there is an error."""
+        model, (packed, singles) = make_model(), packed
+        first = singles[0]["input_ids"].shape[1]
+        calls = {name: torch.cat([value] * rows) for name, value in packed.items()}
+        calls["position_ids"] = calls["position_ids"][:rows_of_positions]
+        if mask is not None:
+            calls["attention_mask"] = torch.ones_like(calls["input_ids"])
+            calls["attention_mask"][:, first - 1] = int(mask == "ones")
+        if cache in ("dynamic", "static"):
+            config = model.config.text_config
+            make_cache = {
+                "dynamic": lambda: transformers.DynamicCache(config=config),
+                "static": lambda: transformers.StaticCache(config=config, max_cache_len=64),
+            }
+            calls["past_key_values"] = make_cache[cache]()
+        elif cache is not None:
+            calls["use_cache"] = cache
+        if (rows, mask, cache) != (1, None, False):
+            with pytest.raises(ValueError, match="samples packed into a row would see each other"):
+                model(**calls)
+            return
+        with torch.no_grad():
+            expected = model(**singles[1]).logits
+            torch.testing.assert_close(model(**calls).logits[:, first:], expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_is_no_packing(self, make_model, make_image, processor, side):
+        model, inputs = make_model(), prompts(processor, make_image, 0, 2, padding_side=side)
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).masked_fill(inputs["attention_mask"] == 0, 1)
+        assert model(**inputs, position_ids=positions).logits.isfinite().all()
 
     @pytest.mark.parametrize(
         ("rows", "masked", "use_cache", "message"),
