@@ -11,12 +11,16 @@ data set's scripted oracle.
 from siq_vl import cli
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.training.loading import load_for_stage
+from siq_vl.training.plan import plan
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import make_trainer, rows_needed, train_and_save
 
 
 def main() -> None:
     recipe = parse_recipe(("3",), description=__doc__)
+    if recipe.run.dry_run:
+        cli.say(plan(recipe, "reason"), recipe.training.process_index)
+        return
     model, processor = load_for_stage(recipe)
     data = recipe.data
     rows = training_rows(

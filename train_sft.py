@@ -3,24 +3,32 @@ Stages 1 and 2: projector alignment and instruction tuning.
 
     accelerate launch train_sft.py --stage 1
     accelerate launch train_sft.py --stage 2 --learning_rate 1e-3 --output_dir outputs/mine
+    python train_sft.py --stage 2 --recipe siq-vl-0.5b --dry_run
 
 `--recipe` picks a folder of `recipes/` (default: tiny); any field of its YAML can be overridden on the command line.
-Stage 2 starts from the checkpoint that stage 1 of the same recipe left.
+Stage 2 starts from the checkpoint that stage 1 of the same recipe left. A run that was ended goes on where it was when
+the same command is given again. `--dry_run` prints the plan and stops.
 """
 
 from siq_vl import cli
 from siq_vl.training.loading import load_for_stage
+from siq_vl.training.plan import plan
 from siq_vl.training.recipes import parse_recipe
-from siq_vl.training.run import make_trainer, mixture_for_stage, train_and_save
+from siq_vl.training.run import hold_out, make_trainer, mixture_for_stage, train_and_save
 
 TASKS = {"1": "caption", "2": "answer"}
 
 
 def main() -> None:
     recipe = parse_recipe(tuple(TASKS), description=__doc__)
+    task = TASKS[recipe.stage]
+    if recipe.run.dry_run:
+        cli.say(plan(recipe, task), recipe.training.process_index)
+        return
     model, processor = load_for_stage(recipe)
-    mixture = mixture_for_stage(recipe, TASKS[recipe.stage], processor)
-    trainer = make_trainer(recipe, model, processor, mixture.rows)
+    mixture = mixture_for_stage(recipe, task, processor)
+    rows, held_out = hold_out(recipe, mixture, task)
+    trainer = make_trainer(recipe, model, processor, rows, held_out)
     train_and_save(trainer, processor, recipe, mixture.report)
 
 

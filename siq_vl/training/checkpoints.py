@@ -3,23 +3,61 @@
 import json
 import logging
 import os
+import resource
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from siq_vl.data.mixtures import MixtureReport
 from siq_vl.hub import model_card
+from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
-from siq_vl.training.recipes import Recipe
+from siq_vl.training.curves import curves_of, learning_curve_svg
+from siq_vl.training.quantization import merge_adapter
+from siq_vl.training.recipes import Recipe, backbones_of
+from siq_vl.training.stages import freeze_for_stage
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
 LOG_FILE = "training_log.jsonl"
+CURVE_FILE = "learning_curve.svg"
+
+# Fields of the trainer's settings that say nothing about the run: a log folder that transformers 4 names after the
+# machine, and what belongs to the Hub account.
+_PRIVATE_SETTINGS = ("logging_dir", "hub_token", "push_to_hub_token")
+# The trainer's settings that decide what is learnt: the others may change between the parts of a run.
+_LEARNING_SETTINGS = (
+    ("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+    + ("warmup_ratio", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+    + ("max_grad_norm", "seed", "data_seed", "bf16", "fp16", "max_length", "loss_type", "label_smoothing_factor")
+    + ("neftune_noise_alpha",)
+)
+
+
+def run_settings(recipe: Recipe) -> dict:
+    """Return what must be the same for a run to go on from one of its checkpoints."""
+    training = recipe.training.to_dict()
+    return {
+        "stage": recipe.stage,
+        **{f"model.{name}": value for name, value in asdict(recipe.model).items()},
+        **{f"adapter.{name}": value for name, value in asdict(recipe.adapter).items()},
+        **{f"data.{name}": value for name, value in asdict(recipe.data).items()},
+        **{f"training.{name}": training.get(name) for name in _LEARNING_SETTINGS},
+        "samples a step": samples_a_step(recipe),
+    }
+
+
+def samples_a_step(recipe: Recipe) -> int:
+    """Return how many samples an optimizer step takes, over all processes."""
+    training = recipe.training
+    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
 
 
 def save_stage(
@@ -28,11 +66,14 @@ def save_stage(
     recipe: Recipe,
     seconds: float,
     report: MixtureReport | None = None,
+    *,
+    steps: int | None = None,
 ) -> Path:
-    """Write the stage's checkpoint: merged weights, processor, code files, model card, settings and log.
+    """Write the stage's checkpoint: merged weights, processor, code files, model card, settings, log and curve.
 
     The adapter is kept beside them in `adapter/`. Everything is written to a scratch folder first and moved in place
-    with `config.json` last, so that a folder with a `config.json` always is a complete checkpoint.
+    with `config.json` last, so that a folder with a `config.json` always is a complete checkpoint. With several
+    processes all of them call this, and the first one writes.
 
     Args:
         trainer: the trainer, after training.
@@ -40,43 +81,127 @@ def save_stage(
         recipe: what was run.
         seconds: how long training took.
         report: counts of the rows that were used and left out.
+        steps: how many steps it took in that time; all of them by default.
 
     Returns:
         The checkpoint's folder, `recipe.training.output_dir`.
     """
     folder = Path(recipe.training.output_dir)
-    scratch = folder / ".incomplete"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel):
-        model.save_pretrained(scratch / ADAPTER_FOLDER)
-        model = model.merge_and_unload()
-    _save_model(model, processor, scratch)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    (scratch / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    model = _whole_model(trainer, recipe)
+    if trainer.accelerator.is_main_process:
+        scratch = folder / ".incomplete"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        merged_into = None
+        if isinstance(model, PeftModel):
+            _save_adapter(model, scratch / ADAPTER_FOLDER)
+            model, merged_into = merge_adapter(model, scratch / ADAPTER_FOLDER, nf4=recipe.adapter.load_in_4bit)
+        _save_model(model, processor, scratch)
+        settings = _settings(trainer, recipe, seconds, steps, report, merged_into)
+        _write_records(scratch, settings, trainer.state.log_history)
+        _move_in_place(scratch, folder)
+        logger.info("stage %s left its checkpoint in %s after %.0f s of training", recipe.stage, folder, seconds)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def _whole_model(trainer: SFTTrainer, recipe: Recipe) -> PreTrainedModel | PeftModel:
+    """Return the trained model with all its weights; only the first process has them where they are sharded."""
+    accelerator = trainer.accelerator
+    model = accelerator.unwrap_model(trainer.model)
+    plugin = accelerator.state.deepspeed_plugin
+    if not trainer.is_fsdp_enabled and (plugin is None or plugin.zero_stage != 3):
+        return model
+    weights = accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part
+    return rebuild(model, recipe, weights) if accelerator.is_main_process else model
+
+
+def rebuild(
+    model: PreTrainedModel | PeftModel, recipe: Recipe, weights: Mapping[str, torch.Tensor]
+) -> PreTrainedModel | PeftModel:
+    """Return a whole copy of a sharded model, on the CPU, from its gathered weights."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole = SiQVLForConditionalGeneration(base.config)
+    peft_config = freeze_for_stage(whole, recipe.stage, recipe.adapter)
+    if peft_config is not None:
+        whole = get_peft_model(whole, peft_config)
+    whole.load_state_dict(weights)
+    return whole
+
+
+def _settings(
+    trainer: SFTTrainer,
+    recipe: Recipe,
+    seconds: float,
+    steps: int | None,
+    report: MixtureReport | None,
+    merged_into: str | None,
+) -> dict:
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tokens = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+    steps = trainer.state.global_step if steps is None else steps
+    in_parts = steps != trainer.state.global_step
+    speed = {"samples_per_second": round(steps * samples_a_step(recipe) / seconds, 3) if seconds else None}
+    if tokens and seconds and not in_parts:
+        speed["tokens_per_second"] = round(tokens[-1] / seconds, 1)
     settings = {
         "stage": recipe.stage,
         "recipe": recipe.name,
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
-        "final_loss": history[-1]["loss"] if history else None,
+        "effective_batch_size": samples_a_step(recipe),
+        "processes": recipe.training.world_size,
+        "final_loss": losses[-1] if losses else None,
+        "speed": {**speed, "peak_memory_gib": peak_memory_gib()},
+        "backbones": dict(zip(("vision_tower", "language_model"), backbones_of(recipe), strict=True)),
         "model": asdict(recipe.model),
         "adapter": None if recipe.stage == "1" else asdict(recipe.adapter),
+        "merged_into": merged_into,
         "data": asdict(recipe.data),
         "data_counts": report and report.to_dict(),
-        # transformers 4 fills in a log folder that is named after the machine.
-        "training": {name: value for name, value in recipe.training.to_dict().items() if name != "logging_dir"},
+        "data_table": report and report.table(),
+        "run": asdict(recipe.run),
+        "training": {name: value for name, value in recipe.training.to_dict().items() if name not in _PRIVATE_SETTINGS},
     }
-    (scratch / "training_settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
-    (scratch / "README.md").write_text(model_card(settings, report and report.table()))
-    _move_in_place(scratch, folder)
-    logger.info("stage %s left its checkpoint in %s after %.0f s of training", recipe.stage, folder, seconds)
-    return folder
+    return _portable(settings)
+
+
+def _portable(value):
+    """Return settings with absolute paths cut to their last part: they mean nothing on another machine."""
+    if isinstance(value, Mapping):
+        return {name: _portable(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def peak_memory_gib() -> dict[str, float]:
+    """Return the most memory this process has held, in GiB: of the machine, and of the accelerator if there is one."""
+    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+    if torch.cuda.is_available():
+        peak["accelerator"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return peak
+
+
+def _write_records(folder: Path, settings: dict, history: list[dict]) -> None:
+    (folder / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in history))
+    (folder / "training_settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    if curves := curves_of(history):
+        title = f"Training loss of stage {settings['stage']}, recipe {settings['recipe']}"
+        (folder / CURVE_FILE).write_text(learning_curve_svg(curves, title), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(settings, has_curve=bool(curves)), encoding="utf-8")
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    model.save_pretrained(folder, save_embedding_layers=False)  # they do not train; PEFT would ask the Hub about them
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(_portable(json.loads(path.read_text())), indent=2) + "\n")
 
 
 def _save_model(model: PreTrainedModel, processor: SiQVLProcessor, folder: Path) -> None:
     model.config.use_cache = True
+    for config in (model.config.vision_config, model.config.text_config):
+        config._name_or_path = ""  # transformers 4 writes the folder that a backbone was loaded from
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -1,11 +1,15 @@
 """Building or loading what a stage starts from."""
 
 import logging
+import tempfile
 
+import torch
 from transformers import set_seed
 
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.training.backbones import random_model
+from siq_vl.training.quantization import load_nf4
 from siq_vl.training.recipes import Recipe, local_or_hub, starting_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -14,16 +18,45 @@ logger = logging.getLogger(__name__)
 def load_for_stage(recipe: Recipe) -> tuple[SiQVLForConditionalGeneration, SiQVLProcessor]:
     """Return the model and processor that a stage starts from.
 
-    Stage 1 joins the recipe's two backbones with a fresh projector; later stages load the previous stage's checkpoint.
+    Stage 1 joins the recipe's two backbones with a fresh projector; later stages load the previous stage's checkpoint,
+    with `load_in_4bit` its language model in NF4. With `random_weights` any stage starts from random weights.
 
     Raises:
         ValueError: the recipe names no backbones, or the previous stage has left no checkpoint.
     """
     set_seed(recipe.training.seed)  # the fresh projector is drawn here, before the trainer seeds itself
+    model, processor = _load(recipe)
+    # Everything is frozen but what the stage names, and that has to be float32 to take small steps.
+    model.model.projector.float()
+    return model, processor
+
+
+def _load(recipe: Recipe) -> tuple[SiQVLForConditionalGeneration, SiQVLProcessor]:
+    dtype = getattr(torch, recipe.model.dtype)
+    if recipe.model.random_weights:
+        model, processor = random_model(recipe)
+        if not recipe.adapter.load_in_4bit:
+            return model.to(dtype), processor
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            del model
+            return _load_4bit(folder, recipe), processor
     if recipe.stage != "1":
         path = starting_checkpoint(recipe)
         logger.info("stage %s of recipe %s starts from %s", recipe.stage, recipe.name, path)
-        return SiQVLForConditionalGeneration.from_pretrained(path), SiQVLProcessor.from_pretrained(path)
+        processor = SiQVLProcessor.from_pretrained(path, trust_remote_code=True)
+        if recipe.adapter.load_in_4bit:
+            return _load_4bit(path, recipe), processor
+        return SiQVLForConditionalGeneration.from_pretrained(path, dtype=dtype), processor
+    return _join_backbones(recipe, dtype)
+
+
+def _load_4bit(path: str, recipe: Recipe) -> SiQVLForConditionalGeneration:
+    compute_dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
+    return load_nf4(path, recipe.adapter, getattr(torch, recipe.model.dtype), compute_dtype)
+
+
+def _join_backbones(recipe: Recipe, dtype: torch.dtype) -> tuple[SiQVLForConditionalGeneration, SiQVLProcessor]:
     model = recipe.model
     if model.vision_tower is None or model.language_model is None:
         raise ValueError(
@@ -40,5 +73,6 @@ def load_for_stage(recipe: Recipe) -> tuple[SiQVLForConditionalGeneration, SiQVL
         vision_end_token_id=processor.vision_end_token_id,
         projector_type=model.projector_type,
         pixel_shuffle_factor=model.pixel_shuffle_factor,
+        dtype=dtype,
     )
     return built, processor

@@ -1,14 +1,19 @@
 """Recipes: one YAML a stage, parsed by `TrlParser`; every field can be overridden on the command line."""
 
 import argparse
+import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from trl import SFTConfig, TrlParser
 
 from siq_vl.data.mixtures import MixtureConfig
+
+logger = logging.getLogger(__name__)
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 RECIPES = REPO_ROOT / "recipes"
@@ -30,11 +35,26 @@ class ModelArguments:
     )
     projector_type: str = field(default="linear", metadata={"help": "'linear' or 'mlp'."})
     pixel_shuffle_factor: int = field(default=2, metadata={"help": "Side of the block of patches merged to one token."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Type of the frozen weights, 'float32' or 'bfloat16'; what trains is always float32."},
+    )
+    random_weights: bool = field(
+        default=False,
+        metadata={"help": "Build the full-size model with random weights, from its sizes alone: to measure, offline."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'")
 
 
 @dataclass
 class AdapterArguments:
-    """LoRA on the language model; the projector trains beside it, whole."""
+    """LoRA on the language model, optionally over an NF4 base (QLoRA); the projector trains beside it, whole.
+
+    The vision tower is frozen unless it gets a LoRA of its own, or its last layers are unfrozen.
+    """
 
     lora_r: int = field(default=64, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA scaling factor."})
@@ -43,10 +63,27 @@ class AdapterArguments:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         metadata={"help": "Linear layers of the language model that get an adapter."},
     )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: hold the frozen language model in NF4 (bitsandbytes)."}
+    )
+    use_bnb_nested_quant: bool = field(default=True, metadata={"help": "QLoRA: quantize the scales, too."})
+    vision_lora: bool = field(default=False, metadata={"help": "LoRA of the same rank on the vision tower's linears."})
+    unfreeze_vision_layers: int = field(
+        default=0, metadata={"help": "Train this many last layers of the vision tower, whole."}
+    )
 
     def __post_init__(self) -> None:
         if self.lora_r < 1:
             raise ValueError(f"lora_r is {self.lora_r}; it must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and less than 1")
+        if self.unfreeze_vision_layers < 0:
+            raise ValueError(f"unfreeze_vision_layers is {self.unfreeze_vision_layers}; it must be 0 or more")
+        if self.vision_lora and self.unfreeze_vision_layers:
+            raise ValueError(
+                f"vision_lora is set and unfreeze_vision_layers is {self.unfreeze_vision_layers}; the tower takes one of "
+                "the two: drop the other"
+            )
 
 
 @dataclass
@@ -63,6 +100,50 @@ class DataArguments(MixtureConfig):
 
 
 @dataclass
+class RunArguments:
+    """How the run goes about it: nothing here changes what is learnt, but for the effective batch size."""
+
+    effective_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Samples an optimizer step, over all processes. Gradient accumulation is computed from it, and "
+            "per_device_train_batch_size is the most that one device takes at once. 0: as the two say."
+        },
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop before any training."})
+    free_memory_steps: int = field(
+        default=0, metadata={"help": "Collect garbage and empty the accelerator's cache every so many steps."}
+    )
+    sample_steps: int = field(
+        default=0, metadata={"help": "Let the model answer fixed held-out rows every so many steps; 0: never."}
+    )
+    sample_count: int = field(default=8, metadata={"help": "How many held-out rows it answers."})
+    sample_tokens: int = field(default=128, metadata={"help": "The most tokens it may answer with."})
+
+    def __post_init__(self) -> None:
+        for name in ("effective_batch_size", "free_memory_steps", "sample_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("sample_count", "sample_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass
+class HubArguments:
+    """Where the finished checkpoint is pushed; taken from the fields of `TrainingArguments` that have these names.
+
+    Kept apart from them so that the trainer pushes nothing by itself and writes the token into no file.
+    """
+
+    push_to_hub: bool = False
+    repo_id: str | None = None
+    revision: str | None = None
+    private: bool | None = None
+    token: str | None = field(default=None, repr=False)
+
+
+@dataclass
 class Recipe:
     """One stage of one recipe, ready to run."""
 
@@ -72,6 +153,8 @@ class Recipe:
     adapter: AdapterArguments
     data: DataArguments
     training: SFTConfig
+    run: RunArguments = field(default_factory=RunArguments)
+    hub: HubArguments = field(default_factory=HubArguments)
 
 
 def recipe_names() -> list[str]:
@@ -102,7 +185,9 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
     chooser.add_argument("--stage", default=stages[0] if len(stages) == 1 else None)
     chooser.add_argument("--recipe", default="tiny")
     chosen, rest = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    parser = TrlParser((ModelArguments, AdapterArguments, DataArguments, SFTConfig), description=description)
+    parser = TrlParser(
+        (ModelArguments, AdapterArguments, DataArguments, RunArguments, SFTConfig), description=description
+    )
     if {"-h", "--help"} & set(rest):
         parser.parse_args_and_config(args=["--help"])
     if chosen.stage not in stages:
@@ -120,8 +205,83 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
         rest = [*rest, "--output_dir", str(stage_folder(chosen.recipe, chosen.stage))]
     if not torch.accelerator.is_available():
         rest = [*rest, "--use_cpu", "true"]  # bf16 on a machine with no accelerator has to be asked for
-    model, adapter, data, training = parser.parse_args_and_config(args=["--config", str(path), *rest])
-    return Recipe(chosen.stage, chosen.recipe, model, adapter, data, training)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            rest = [*rest, "--ddp_backend", "gloo"]
+    model, adapter, data, run, training = parser.parse_args_and_config(args=["--config", str(path), *rest])
+    if model.dtype == "bfloat16" and not training.bf16:
+        raise ValueError("dtype is bfloat16 and bf16 is false: what trains is float32, so set bf16, or dtype float32")
+    keep_effective_batch(training, run.effective_batch_size)
+    _check_checkpoints(training)
+    return Recipe(chosen.stage, chosen.recipe, model, adapter, data, training, run, _take_hub_arguments(training))
+
+
+def keep_effective_batch(training: SFTConfig, wanted: int) -> None:
+    """Set batch size and gradient accumulation so that a step takes `wanted` samples over all processes.
+
+    `per_device_train_batch_size` is lowered where all processes together would take more at once.
+
+    Raises:
+        ValueError: no whole number of accumulation steps does it.
+    """
+    if not wanted:
+        return
+    processes = training.world_size
+    training.per_device_train_batch_size = min(training.per_device_train_batch_size, max(1, wanted // processes))
+    at_once = training.per_device_train_batch_size * processes
+    if wanted % at_once:
+        raise ValueError(
+            f"effective_batch_size is {wanted}, but {processes} processes x per_device_train_batch_size "
+            f"{training.per_device_train_batch_size} = {at_once} samples at once do not divide it: change one of the "
+            "three"
+        )
+    stated = training.gradient_accumulation_steps
+    training.gradient_accumulation_steps = wanted // at_once
+    if stated not in (1, training.gradient_accumulation_steps):
+        raise ValueError(
+            f"gradient_accumulation_steps is {stated}, but effective_batch_size {wanted} over {at_once} samples at once "
+            f"makes {training.gradient_accumulation_steps}: pass only one of the two (--effective_batch_size 0 turns "
+            "the other off)"
+        )
+
+
+def _check_checkpoints(training: SFTConfig) -> None:
+    if training.save_total_limit == 1:
+        raise ValueError(
+            "save_total_limit is 1, which deletes the last good checkpoint before the next one is known to be whole: "
+            "use 2 or more"
+        )
+    steps_saved = training.save_strategy == "steps" and training.save_steps >= 1
+    if steps_saved and training.logging_steps >= 1 and training.save_steps % training.logging_steps:
+        logger.warning(
+            "save_steps %s is no multiple of logging_steps %s: after a resume, the first loss that is logged averages "
+            "fewer steps than in an uninterrupted run",
+            training.save_steps,
+            training.logging_steps,
+        )
+
+
+def _take_hub_arguments(training: SFTConfig) -> HubArguments:
+    taken = HubArguments(
+        push_to_hub=training.push_to_hub,
+        repo_id=training.hub_model_id,
+        revision=training.hub_revision,
+        private=training.hub_private_repo,
+        token=training.hub_token,
+    )
+    training.push_to_hub, training.hub_token = False, None
+    return taken
+
+
+def backbones_of(recipe: Recipe) -> tuple[str | None, str | None]:
+    """Return the vision tower and the language model of a recipe; stages 2 and 3 take those of its `stage1.yaml`."""
+    model = recipe.model
+    first: dict = {}
+    if recipe.stage != "1" and (RECIPES / recipe.name / "stage1.yaml").exists():
+        first = yaml.safe_load((RECIPES / recipe.name / "stage1.yaml").read_text(encoding="utf-8"))
+    return (
+        model.vision_tower or first.get("vision_tower"),
+        model.language_model or first.get("language_model"),
+    )
 
 
 def stage_folder(recipe: str, stage: str) -> Path:

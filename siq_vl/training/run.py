@@ -2,21 +2,28 @@
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 from trl import SFTTrainer
 
 from siq_vl.data.collation import ConversationCollator
+from siq_vl.data.figures.rows import training_rows
 from siq_vl.data.mixtures import Mixture, MixtureReport, build_mixture
 from siq_vl.data.sources import FIGURES
+from siq_vl.hub import push_stage
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
-from siq_vl.training.checkpoints import save_stage
+from siq_vl.training.callbacks import FreeMemoryCallback, SampleCallback
+from siq_vl.training.checkpoints import run_settings, samples_a_step, save_stage
 from siq_vl.training.recipes import REPO_ROOT, Recipe, local_or_hub
+from siq_vl.training.resume import checkpoint_to_resume, discard_incomplete
 from siq_vl.training.stages import freeze_for_stage, log_parameters
+from siq_vl.training.trainer import SiQVLTrainer
 
 logger = logging.getLogger(__name__)
+
 
 DROP_LOG = "dropped_rows.jsonl"
 
@@ -26,11 +33,11 @@ def rows_needed(recipe: Recipe) -> int | None:
     training = recipe.training
     if recipe.data.train_samples:
         return recipe.data.train_samples
-    if training.max_steps <= 0 and [source.path for source in recipe.data.sources] != [FIGURES]:
+    if training.max_steps <= 0 and not _drawn_only(recipe):
         return None
     if training.max_steps <= 0:
         raise ValueError("the recipe sets neither train_samples nor max_steps: set one, the drawn data has no end")
-    return training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return training.max_steps * samples_a_step(recipe)
 
 
 def mixture_for_stage(recipe: Recipe, task: str, processor: SiQVLProcessor) -> Mixture:
@@ -48,32 +55,125 @@ def mixture_for_stage(recipe: Recipe, task: str, processor: SiQVLProcessor) -> M
     )
 
 
+def hold_out(recipe: Recipe, mixture: Mixture, task: str) -> tuple[Dataset | IterableDataset, list[Mapping]]:
+    """Return the rows to train on, and those that the model answers every `sample_steps` steps.
+
+    Drawn figures have a validation split of their own; of other mixtures the first rows are kept from training.
+    """
+    count = recipe.run.sample_count
+    if not recipe.run.sample_steps:
+        return mixture.rows, []
+    if _drawn_only(recipe):
+        rows = training_rows("validation", count, task, blind=recipe.data.blind)
+        return mixture.rows, list(rows)
+    if isinstance(mixture.rows, IterableDataset):
+        return mixture.rows.skip(count), list(mixture.rows.take(count))
+    count = min(count, len(mixture.rows) // 2)
+    return mixture.rows.select(range(count, len(mixture.rows))), [mixture.rows[index] for index in range(count)]
+
+
+def _drawn_only(recipe: Recipe) -> bool:
+    return [source.path for source in recipe.data.sources] == [FIGURES]
+
+
 def make_trainer(
-    recipe: Recipe, model: SiQVLForConditionalGeneration, processor: SiQVLProcessor, rows: Dataset | IterableDataset
+    recipe: Recipe,
+    model: SiQVLForConditionalGeneration,
+    processor: SiQVLProcessor,
+    rows: Dataset | IterableDataset,
+    held_out: Sequence[Mapping] = (),
 ) -> SFTTrainer:
-    """Return TRL's trainer for a stage, with the loss on every assistant turn."""
+    """Return TRL's trainer for a stage, with the loss on every assistant turn.
+
+    Args:
+        recipe: what to run.
+        model: the model that the stage starts from; what the stage does not train is frozen.
+        processor: its processor.
+        rows: training rows for `ConversationCollator`; where they name their `source`, its loss is logged.
+        held_out: rows that the model answers every `sample_steps` steps.
+    """
     training = recipe.training
     training.remove_unused_columns = False  # rows are made when read: what is stored is where they come from
     # The trainer sets these itself where it also brings the collator.
     model.config.get_text_config().pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     peft_config = freeze_for_stage(model, recipe.stage, recipe.adapter)
-    trainer = SFTTrainer(
+    trainer = SiQVLTrainer(
         model=model,
         args=training,
         train_dataset=rows,
         data_collator=ConversationCollator(processor, training.max_length),
         processing_class=processor,
         peft_config=peft_config,
+        run_settings=run_settings(recipe),
     )
+    _check_engine(trainer, recipe)
+    _add_callbacks(trainer, recipe, processor, held_out)
     log_parameters(trainer.model)
+    logger.info(
+        "a step takes %d samples: %d a device x %d accumulated x %d processes",
+        samples_a_step(recipe),
+        training.train_batch_size,
+        training.gradient_accumulation_steps,
+        training.world_size,
+    )
     return trainer
+
+
+def _check_engine(trainer: SFTTrainer, recipe: Recipe) -> None:
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    sharded = trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+    if recipe.adapter.load_in_4bit and sharded:
+        raise ValueError(
+            "load_in_4bit is set, but FSDP and ZeRO-3 cannot shard NF4 weights here: use accelerate_configs/ddp.yaml or "
+            "zero2.yaml, or drop load_in_4bit"
+        )
+
+
+def _add_callbacks(trainer: SFTTrainer, recipe: Recipe, processor: SiQVLProcessor, held_out: Sequence[Mapping]) -> None:
+    run = recipe.run
+    if run.free_memory_steps:
+        trainer.add_callback(FreeMemoryCallback(run.free_memory_steps))
+    if run.sample_steps and held_out:
+        callback = SampleCallback(held_out, processor, run.sample_steps, run.sample_tokens)
+        callback.trainer = trainer
+        trainer.add_callback(callback)
+    elif run.sample_steps:
+        logger.warning("sample_steps is %d, but there are no held-out rows to answer", run.sample_steps)
 
 
 def train_and_save(
     trainer: SFTTrainer, processor: SiQVLProcessor, recipe: Recipe, report: MixtureReport | None = None
 ) -> Path:
-    """Train, then write the stage's checkpoint, with the counts of its data; return its folder."""
+    """Train, write the stage's checkpoint and, with `push_to_hub`, push it; return its folder.
+
+    A run that was ended goes on from the last complete checkpoint of its output folder.
+
+    Args:
+        trainer: what `make_trainer` returned.
+        processor: the processor to save with the model.
+        recipe: what to run.
+        report: counts of the rows that were used and left out, for settings and model card.
+
+    Raises:
+        ValueError: the output folder holds checkpoints of another run.
+    """
+    folder = Path(recipe.training.output_dir)
+    checkpoint = recipe.training.resume_from_checkpoint
+    if checkpoint is None:
+        if trainer.accelerator.is_main_process:
+            discard_incomplete(folder)
+        trainer.accelerator.wait_for_everyone()
+        checkpoint = checkpoint_to_resume(folder, run_settings(recipe))
     started = time.monotonic()
-    trainer.train()
-    return save_stage(trainer, processor, recipe, time.monotonic() - started, report)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.monotonic() - started
+    steps = None
+    if checkpoint is not None:
+        steps = trainer.state.global_step - int(Path(checkpoint).name.rpartition("-")[2])
+    save_stage(trainer, processor, recipe, seconds, report, steps=steps)
+    if recipe.hub.push_to_hub and trainer.accelerator.is_main_process:
+        hub = recipe.hub
+        push_stage(folder, repo_id=hub.repo_id, revision=hub.revision, private=hub.private, token=hub.token)
+    trainer.accelerator.wait_for_everyone()
+    return folder

@@ -3,18 +3,23 @@
 import logging
 
 from peft import LoraConfig, PeftConfig
+from torch import nn
 
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.training.recipes import STAGES, AdapterArguments
 
 logger = logging.getLogger(__name__)
 
+_VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+PARTS = ("vision_tower", "projector", "language_model")
+
 
 def freeze_for_stage(model: SiQVLForConditionalGeneration, stage: str, adapter: AdapterArguments) -> PeftConfig | None:
     """Freeze everything that a stage does not train.
 
     Stage 1 trains the projector alone. Stages 2 and 3 train the projector, whole, and LoRA on the language model's
-    linear layers. The vision tower is frozen throughout.
+    linear layers. The vision tower is frozen throughout, unless the recipe gives it a LoRA or unfreezes its last
+    layers; its LayerNorm at the end trains with them.
 
     Args:
         model: the model, whose `requires_grad` flags are set.
@@ -25,37 +30,68 @@ def freeze_for_stage(model: SiQVLForConditionalGeneration, stage: str, adapter: 
         The PEFT config to hand to `SFTTrainer`; None in stage 1.
 
     Raises:
-        ValueError: unknown stage.
+        ValueError: unknown stage, or settings that this model or stage has no place for.
     """
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}; it must be one of {', '.join(STAGES)}")
+    if stage == "1" and (adapter.load_in_4bit or adapter.vision_lora):
+        raise ValueError("load_in_4bit and vision_lora go with LoRA, which stages 2 and 3 train: drop them in stage 1")
+    whole = ["projector", *_last_vision_layers(model, adapter.unfreeze_vision_layers)]
     model.requires_grad_(False)
-    model.model.projector.requires_grad_(True)
+    for name in whole:
+        model.model.get_submodule(name).requires_grad_(True)
     if stage == "1":
         return None
+    # Regular expressions over full names: bare layer names would also match the vision tower's.
+    targets = rf".*\.language_model\..*\.({'|'.join(adapter.lora_target_modules)})"
+    if adapter.vision_lora:
+        targets = rf"({targets}|.*\.vision_tower\.encoder\..*\.({'|'.join(_VISION_LINEARS)}))"
     return LoraConfig(
         r=adapter.lora_r,
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
-        # A regular expression over full names: bare layer names would also match the vision tower's.
-        target_modules=rf".*\.language_model\..*\.({'|'.join(adapter.lora_target_modules)})",
-        modules_to_save=["projector"],
+        target_modules=targets,
+        modules_to_save=whole,  # what trains whole without being named here would be missing from the saved adapter
         task_type="CAUSAL_LM",
     )
 
 
-def log_parameters(model) -> None:
-    """Log what trains and what is frozen, part by part."""
+def _last_vision_layers(model: SiQVLForConditionalGeneration, count: int) -> list[str]:
+    """Names, below `model.model`, of the tower's last layers."""
+    if not count:
+        return []
+    depth = model.config.vision_config.num_hidden_layers
+    if count > depth:
+        raise ValueError(
+            f"unfreeze_vision_layers is {count}, but the vision tower has {depth} layers: ask for at most {depth}"
+        )
+    return [f"vision_tower.encoder.layers.{index}" for index in range(depth - count, depth)] + [
+        "vision_tower.post_layernorm"
+    ]
+
+
+def count_parameters(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the trained and the frozen parameters of a model, by part.
+
+    The frozen twin that PEFT keeps of a module that trains whole is not counted. NF4 weights count one by one, though
+    two of them share a byte.
+    """
     trained: dict[str, int] = {}
     frozen: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = (
-            "LoRA"
-            if "lora_" in name
-            else next((p for p in ("vision_tower", "projector", "language_model") if p in name), name)
-        )
+        if ".original_module." in name:
+            continue
+        part = "LoRA" if "lora_" in name else next((part for part in PARTS if f".{part}." in f".{name}"), name)
         counts = trained if parameter.requires_grad else frozen
-        counts[part] = counts.get(part, 0) + parameter.numel()
+        packed = type(parameter).__name__ == "Params4bit" and parameter.quant_state is not None
+        size = parameter.quant_state.shape.numel() if packed else parameter.numel()
+        counts[part] = counts.get(part, 0) + size
+    return trained, frozen
+
+
+def log_parameters(model: nn.Module) -> None:
+    """Log what trains and what is frozen, part by part."""
+    trained, frozen = count_parameters(model)
     total = sum(trained.values()) + sum(frozen.values())
     share = 100 * sum(trained.values()) / total
     logger.info("trains %s: %.2f%% of %s", _counts(trained), share, f"{total:,}")
