@@ -1,11 +1,36 @@
 """Reading a model's output: its rationale, its answer, and the facts that it states."""
 
 import re
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
+_MARKER = re.compile(
+    r"(?:^|(?<=[.!?:;,\n*])|(?<=\bso)|(?<=\bthus)|(?<=\bhence)|(?<=\btherefore))[\s*#_]*"
+    r"(?:(?:the\s+)?(?:final\s+|correct\s+|short\s+)?answer(?:\s+to\s+[^.:\n]{1,60})?[\s*_]*(?:\bis\b|:|=)|answer\s*[*_]*\n)"
+    r"[\s*:_]*",
+    re.IGNORECASE,
+)
+_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+_NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())} | {"none": 0, "dozen": 12}
+_SCALES = {"k": 1e3, "thousand": 1e3, "million": 1e6, "mn": 1e6, "billion": 1e9, "bn": 1e9, "trillion": 1e12}
+_NUMBER = re.compile(
+    r"(?P<sign>[-\u2212]?)\s*(?P<currency>[$€£¥])?\s*(?P<sign2>[-\u2212]?)"
+    r"(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:\s*/\s*(?P<over>\d+(?:\.\d+)?))?"
+    r"(?:\s*(?P<percent>%|percent\b|per cent\b))?(?:\s*(?P<scale>k|thousand|million|mn|billion|bn|trillion)\b)?",
+    re.IGNORECASE,
+)
+_APPROXIMATELY = re.compile(
+    r"^(?:about|approximately|around|roughly|nearly|almost|exactly|≈|~|is|are|equals|=)\s*", re.IGNORECASE
+)
+_CHOICE = re.compile(
+    r"^(?:option|choice|answer)?\s*[(\[]?([a-h])(?:[)\].:]|\s*$)\s*[-:.)]*\s*(.*)$", re.IGNORECASE | re.DOTALL
+)
+_YES, _NO = frozenset({"yes", "true", "correct"}), frozenset({"no", "false", "incorrect"})
+KINDS = ("open", "number", "choice", "yes_no")
+MATCHES = ("exact", "number", "relaxed")
 
 
 @dataclass(frozen=True)
@@ -56,3 +81,181 @@ def fact_score(caption: str, gold: str) -> float:
     kind = f"{gold.partition(':')[0]}:"
     right = sum(((stated & true) - Counter([kind])).values())
     return right / max(sum(stated.values()) - 1, sum(true.values()) - 1)
+
+
+def parse_trace(text: str) -> Parsed:
+    """Take a teacher's output apart: our tags, a native thinking format, or plain step-by-step prose.
+
+    - `<think>…</think><answer>…</answer>`, as `parse` reads it;
+    - `…</think>` and then the answer, with or without the opening tag (some chat templates put it into the prompt);
+    - prose that ends in `\\boxed{…}`, "the answer is …" or "Answer: …": what stands before is the rationale.
+
+    What was begun and not finished, and prose that names no answer, have the empty answer.
+    """
+    text = text.strip()
+    before, closed, after = text.partition("</think>")
+    if "<answer>" in text:
+        tagged = parse(text)
+        lead = text.partition("<answer>")[0] if not tagged.rationale else ""
+        rationale = tagged.rationale or lead.replace("<think>", "").replace("</think>", "").strip()
+        return Parsed(rationale, plain_answer(tagged.answer), tagged.well_formed)
+    if closed:
+        rationale = before.replace("<think>", "").strip()
+        _, answer = _final(after)
+        lines = [line for line in after.strip().splitlines() if line.strip()]
+        return Parsed(rationale, answer or (plain_answer(lines[-1]) if lines else ""), False)
+    if "<think>" in text:
+        return Parsed(text.replace("<think>", "").strip(), "", False)
+    rationale, answer = _final(text)
+    return Parsed(rationale, answer, False)
+
+
+def final_answer(text: str) -> str:
+    """Return the answer that prose names last (`\\boxed{…}`, "the answer is …", "Answer: …"), or the empty string."""
+    return _final(text)[1]
+
+
+def _final(text: str) -> tuple[str, str]:
+    """Return what stands before the last named answer, and the answer."""
+    boxed = _last_boxed(text)
+    marked = next(iter(deque(_MARKER.finditer(text), maxlen=1)), None)
+    said, _, below = text[marked.end() :].partition("\n") if marked else ("", "", "")
+    if boxed and (marked is None or boxed[0] >= marked.start()):
+        start = marked.start() if marked and not below.strip() else boxed[0]
+        return text[:start].strip(), plain_answer(boxed[1])
+    if marked is None:
+        return text, ""
+    # A sentence ends the answer, a decimal point does not.
+    said = re.split(r"[.!?](?:\s+(?=[A-Z])|\s*$)|,?\s+(?:because|since|as)\s", said, maxsplit=1)[0]
+    before = re.sub(
+        r"(?:^|(?<=[.\n]))\s*(?:so|thus|hence|therefore)[\s,:]*$", "", text[: marked.start()], flags=re.IGNORECASE
+    )
+    return before.strip(), plain_answer(said)
+
+
+def _last_boxed(text: str) -> tuple[int, str] | None:
+    """Return position and content of the last `\\boxed{…}`, braces inside it balanced."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for position in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return start, text[begin + 1 : position]
+    return None
+
+
+def plain_answer(text: str) -> str:
+    """Return an answer without mark-up: boxes, dollar signs around mathematics, bold, quotes, a final full stop."""
+    boxed = _last_boxed(text)
+    text = boxed[1] if boxed else text
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text).replace("\\%", "%").replace("\\$", "$")
+    text = re.sub(r"^\$([^$]*)\$$", r"\1", text.strip())
+    text = re.sub(r"^[\s*_`\"'“”‘’]+|[\s*_`\"'“”‘’]+$", "", text)
+    text = re.sub(r"^\\[(\[]\s*|\s*\\[)\]]$", "", text)
+    return re.sub(r"^[*_`\"'“”]+|[*_`\"'“”]+$", "", text.removesuffix(".").strip()).strip()
+
+
+def number_in(text: str) -> tuple[float, str] | None:
+    """Return the number that an answer states and its unit, or None where it states none, or several.
+
+    Thousands separators, currency, percent, simple fractions, scales ("1.2 million"), small number words and units are
+    understood: `"about $1,200"` is `(1200.0, "")`, `"12 cm"` is `(12.0, "cm")`, `"45%"` is `(45.0, "%")`.
+    """
+    text = _APPROXIMATELY.sub("", plain_answer(text))
+    first, _, rest = text.casefold().partition(" ")
+    if first in _NUMBER_WORDS and len(rest.split()) <= 2 and not any(word in _NUMBER_WORDS for word in rest.split()):
+        return float(_NUMBER_WORDS[first]), rest.strip(" .")
+    found = _NUMBER.match(text)
+    if not found:
+        return None
+    unit = text[found.end() :].strip(" .").casefold()
+    if any(character.isdigit() for character in unit) or len(unit.split()) > 3 or re.match(r"[-/:.,+*=]", unit):
+        return None
+    value = float(found["digits"].replace(",", ""))
+    if found["over"]:
+        if float(found["over"]) == 0:
+            return None
+        value /= float(found["over"])
+    if found["sign"] or found["sign2"]:
+        value = -value
+    return value * _SCALES.get((found["scale"] or "").casefold(), 1.0), "%" if found["percent"] else unit
+
+
+def agrees(
+    answer: str, golds: str | Sequence[str], *, kind: str = "open", choices: Sequence[str] = (), match: str = "number"
+) -> bool:
+    """Return whether an answer agrees with a gold answer, or with any of several.
+
+    Args:
+        answer: what was answered, mark-up and all.
+        golds: the gold answer or answers.
+        kind: `"choice"` reads letters, `"yes_no"` the first word, `"number"` and `"open"` whatever is there.
+        choices: the texts of a multiple choice, in the order of its letters.
+        match: `"exact"` compares words; `"number"` also numbers of equal value, however written; `"relaxed"` accepts
+            numbers within 5% (ChartQA's relaxed accuracy).
+
+    Raises:
+        ValueError: unknown kind or match.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if match not in MATCHES:
+        raise ValueError(f"match is {match!r}; it must be one of {', '.join(MATCHES)}")
+    answer = plain_answer(answer)
+    if not answer:
+        return False
+    return any(
+        _agrees(answer, plain_answer(gold), kind, choices, match)
+        for gold in ([golds] if isinstance(golds, str) else golds)
+    )
+
+
+def _agrees(answer: str, gold: str, kind: str, choices: Sequence[str], match: str) -> bool:
+    if _bare(answer) == _bare(gold):
+        return True
+    if kind == "choice":
+        return _choice(answer, choices) == _choice(gold, choices) is not None
+    if kind == "yes_no" or _bare(gold) in ("yes", "no"):
+        return _truth(answer) == _truth(gold) is not None
+    if match == "exact":
+        return False
+    stated, true = number_in(answer), number_in(gold)
+    if not stated or not true:
+        return False
+    return _same_number(*stated, *true, tolerance=0.05 if match == "relaxed" else 0.0)
+
+
+def _same_number(value: float, unit: str, gold: float, gold_unit: str, tolerance: float) -> bool:
+    if unit and gold_unit and unit.rstrip("s") != gold_unit.rstrip("s"):
+        return False
+    values = [value]
+    if "%" in (unit, gold_unit) and unit != gold_unit:  # 45% is given as 45 here and as 0.45 there
+        values.append(value / 100 if unit == "%" else value * 100)
+    return any(abs(value - gold) <= max(tolerance * abs(gold), 1e-6 * max(1.0, abs(gold)) * 1e-3) for value in values)
+
+
+def _bare(text: str) -> str:
+    text = " ".join(_plain(text).split())
+    return re.sub(r"^(?:the|a|an)\s+(?=\S)", "", text)
+
+
+def _choice(text: str, choices: Sequence[str]) -> str | None:
+    """Return the letter that an answer picks: by itself, before its text, or by the text alone."""
+    texts = [_bare(choice) for choice in choices]
+    if _bare(text) in texts:
+        return chr(ord("a") + texts.index(_bare(text)))
+    found = _CHOICE.match(text)
+    if not found:
+        return None
+    letter = found.group(1).casefold()
+    return letter if not choices or ord(letter) - ord("a") < len(choices) else None
+
+
+def _truth(text: str) -> bool | None:
+    words = re.findall(r"[a-z]+", text.casefold())
+    if not words or words[0] not in _YES | _NO:
+        return None
+    return words[0] in _YES

@@ -1,0 +1,107 @@
+"""The data card of a store, and pushing both to the Hub."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from siq_vl.distill.summary import rows, summarize, tables
+from siq_vl.distill.traces import write_text
+
+_CARD = """\
+---
+task_categories:
+- visual-question-answering
+- image-text-to-text
+tags:
+- chain-of-thought
+- distillation
+- siq-vl
+size_categories:
+- {size}
+configs:
+- config_name: default
+  data_files: data/traces-*.parquet
+---
+
+# Reasoning traces
+
+{made} traces of reasoning about pictures, generated offline by {teachers} and verified; {kept} were kept. Rejected ones
+are here too, with the rules that reject them in `rejected_by`.{note}
+
+```python
+from datasets import load_dataset
+
+traces = load_dataset("path/to/this", split="train").filter(lambda trace: trace["verdict"] == "kept")
+```
+
+One row is one trace: the sample's id, picture, question and gold answers; teacher, revision, prompt version and sampling
+settings; the raw output, taken apart into `rationale` and `answer`; and the verdict. `hinted` says whether the teacher was
+shown the gold answer. `agreement` is the share of the question's other answers that are the same.
+{tables}
+
+## Teachers
+
+{settings}
+
+## How the traces were verified
+
+```json
+{rules}
+```
+"""
+_ORACLE = " The teacher `figures` is a scripted oracle that knows the drawn pictures' truth, not a model."
+
+
+def write_card(folder: Path) -> Path:
+    """Write the data card, `README.md` in the store, and return its path."""
+    summary = summarize(folder)
+    size = next(
+        name
+        for bound, name in (
+            (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**12, "n>1M"),
+        )
+        if summary.made < bound
+    )  # fmt: skip
+    asked = {
+        (row["teacher"], row["revision"], row["prompt"], row["sampling"], row["hinted"])
+        for row in rows(folder, ("teacher", "revision", "prompt", "sampling", "hinted"))
+    }
+    lines = [
+        f"- `{teacher}`, revision `{revision}`, prompt `{prompt}`{', gold answer shown' if hinted else ''}: `{sampling}`"
+        for teacher, revision, prompt, sampling, hinted in sorted(asked)
+    ]
+    text = _CARD.format(
+        size=size,
+        made=summary.made,
+        kept=summary.kept,
+        teachers=", ".join(f"`{name}`" for name in sorted(summary.teachers)),
+        note=_ORACLE if any(name.startswith("figures-") for name in summary.teachers) else "",
+        tables="".join(f"\n## {title}\n\n{table}\n" for title, table in tables(summary).items()),
+        settings="\n".join(lines),
+        rules=json.dumps(json.loads((folder / "settings.json").read_text(encoding="utf-8")), indent=2),
+    )
+    path = folder / "README.md"
+    write_text(path, text)
+    return path
+
+
+def push_to_hub(folder: Path, repo_id: str, *, private: bool = True) -> str:
+    """Upload a store's shards, card and page as a data set; return its address. The journal stays here.
+
+    Raises:
+        ValueError: there is nothing to push.
+    """
+    if not list((folder / "data").glob("traces-*.parquet")):
+        raise ValueError(f"{folder} holds no traces to push: run generate_traces.py first")
+    write_card(folder)
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    found = api.upload_folder(
+        repo_id=repo_id,
+        repo_type="dataset",
+        folder_path=str(folder),
+        allow_patterns=["data/traces-*.parquet", "README.md", "report.html", "settings.json"],
+        commit_message="Reasoning traces",
+    )
+    return str(found)

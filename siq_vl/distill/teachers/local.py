@@ -1,0 +1,204 @@
+"""The `transformers` teacher: any image-text-to-text model, in batches on this machine's device."""
+
+import asyncio
+import inspect
+import logging
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+    set_seed,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
+
+from siq_vl.distill.teachers.base import Asked, Said, Teacher
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Settings that suit a family of models: its prompts and, from its model card, its sampling."""
+
+    prompts: str
+    sampling: dict = field(default_factory=dict)
+    max_new_tokens: int = 1024
+
+
+# The first whose key stands in the model's name, case apart, is used; any of it can be overridden.
+READY: dict[str, Ready] = {
+    "qwen3-vl-2b-thinking": Ready("qwen3_vl_thinking", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20}, 4096),
+    "qwen3-vl-2b-instruct": Ready("qwen3_vl_instruct", {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}),
+    "internvl3_5": Ready("internvl3_5", {"do_sample": True, "temperature": 0.6, "top_p": 0.95}),
+    "hunyuanocr": Ready("hunyuan_ocr", {"do_sample": False}),
+}  # fmt: skip
+
+
+def ready_settings(model: str) -> Ready:
+    """Return the settings for a model's name; greedy decoding and the default prompts for unknown ones."""
+    for key, settings in READY.items():
+        if key in model.casefold():
+            return settings
+    return Ready("default", {"do_sample": False})
+
+
+class TransformersTeacher(Teacher):
+    """A model and its processor, loaded once.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit; the store records the commit that was loaded.
+        sampling: arguments of `generate`, over the ready settings of the model.
+        max_new_tokens: bound on a reply; 0 takes the ready settings'.
+        batch_size: requests generated together.
+        seed: of the sampling.
+        trust_remote_code: run the model's own code.
+    """
+
+    kind = "transformers"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        sampling: dict | None = None,
+        max_new_tokens: int = 0,
+        batch_size: int = 8,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+        name: str | None = None,
+    ):
+        ready = ready_settings(model)
+        self.name, self.prompts_family, self.batch_size = name or model, ready.prompts, batch_size
+        self._seed = seed
+        self._sampling = {
+            **ready.sampling,
+            **(sampling or {}),
+            "max_new_tokens": max_new_tokens or ready.max_new_tokens,
+        }
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self._processor = load_processor(model, revision, trust_remote_code)
+        self._processor.tokenizer.padding_side = "left"
+        if self._processor.tokenizer.pad_token is None:
+            self._processor.tokenizer.pad_token = self._processor.tokenizer.eos_token
+        try:
+            loaded = AutoModelForImageTextToText.from_pretrained(
+                model, revision=revision, dtype="auto", trust_remote_code=trust_remote_code
+            )
+        except (OSError, KeyError) as error:
+            raise ValueError(f"{model} cannot be loaded as an image-text-to-text model: {error}") from error
+        self._model = loaded.to(device).eval()
+        self.revision = getattr(self._model.config, "_commit_hash", None) or revision or "local"
+
+    def settings(self) -> dict:
+        return {**self._sampling, "seed": self._seed}
+
+    async def generate(self, asked: Sequence[Asked]) -> list[Said]:
+        return await asyncio.to_thread(self._generate, asked)
+
+    def _generate(self, asked: Sequence[Asked]) -> list[Said]:
+        started = time.perf_counter()
+        texts = [
+            self._processor.apply_chat_template(_conversation(one), tokenize=False, add_generation_prompt=True)
+            for one in asked
+        ]
+        pictures = [[picture.image for picture in one.pictures] for one in asked]
+        inputs = self._processor(
+            images=[image for images in pictures for image in images] or None,
+            text=texts,
+            padding=True,
+            return_tensors="pt",
+        ).to(self._model.device)
+        for name, value in inputs.items():
+            if torch.is_floating_point(value):
+                inputs[name] = value.to(self._model.dtype)
+        prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
+        accepted = set(inspect.signature(self._model.forward).parameters)
+        inputs = {name: value for name, value in inputs.items() if name in accepted}
+        # A batch is made of whatever is missing, so a trace's seed cannot hang on its place in a batch alone.
+        set_seed(hash_seed(self._seed, [(one.question.id, one.repeat) for one in asked]))
+        with torch.inference_mode():
+            output = self._model.generate(**inputs, **self._sampling)
+        written = output[:, inputs["input_ids"].shape[1] :]
+        seconds = (time.perf_counter() - started) / len(asked)
+        return [self._said(row, read, seconds) for row, read in zip(written, prompt_tokens, strict=True)]
+
+    def _said(self, row: torch.Tensor, read: int, seconds: float) -> Said:
+        """Read one generated row, `(new_tokens,)`, up to its end of turn."""
+        ends = self._model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+        tokens = row.tolist()
+        length = next((position for position, token in enumerate(tokens) if token in ends), None)
+        kept = tokens if length is None else tokens[:length]
+        # Thinking tags can be special tokens of their own: they stay, other special tokens go.
+        text = self._processor.tokenizer.decode(kept, skip_special_tokens=False)
+        for token in self._processor.tokenizer.added_tokens_decoder.values():
+            if token.special and token.content not in ("<think>", "</think>", "<answer>", "</answer>"):
+                text = text.replace(token.content, "")
+        return Said(
+            text.strip(),
+            "length" if length is None else "stop",
+            int(read),
+            len(kept),
+            seconds,
+            error="" if text.strip() else "the message was empty",
+        )
+
+
+def _conversation(asked: Asked) -> list[dict]:
+    content = [{"type": "image"} for _ in asked.pictures] + [{"type": "text", "text": asked.prompt}]
+    return [{"role": "user", "content": content}]
+
+
+def hash_seed(seed: int, parts: Sequence) -> int:
+    """Return a seed below 2**31 that is the same in every process."""
+    return zlib.crc32(repr((seed, parts)).encode()) & 0x7FFFFFFF
+
+
+def load_processor(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ProcessorMixin:
+    """Return the model's processor.
+
+    Where torchvision is missing, transformers builds no processor that can read videos too, though pictures need none:
+    the video part is then left out.
+
+    Raises:
+        ValueError: the folder or Hub id has no processor.
+    """
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        return AutoProcessor.from_pretrained(model, **options)
+    except (ImportError, OSError, ValueError) as error:
+        if "torchvision" in str(error).casefold() and not is_torchvision_available():
+            logger.info("torchvision is not installed: %s reads pictures, not videos", model)
+            return _pictures_only(model, options)
+        raise ValueError(f"{model} has no processor that can be loaded: {error}") from error
+
+
+def _pictures_only(model: str, options: dict) -> ProcessorMixin:
+    """Put a processor together from its picture and text parts, as its `from_pretrained` does with all three."""
+    processor_class = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(model, **options))]
+
+    class PicturesOnly(processor_class):
+        def check_argument_for_proper_class(self, argument_name, argument):
+            if argument_name != "video_processor":
+                return super().check_argument_for_proper_class(argument_name, argument)
+            return None
+
+    parts = [
+        AutoImageProcessor.from_pretrained(model, **options),
+        AutoTokenizer.from_pretrained(model, **options),
+        None,
+    ]
+    described, _ = processor_class.get_processor_dict(model)
+    return PicturesOnly.from_args_and_dict(parts, described)

@@ -1,0 +1,8 @@
+"""Processes of their own for tests that kill: forked from one that has loaded the libraries once."""
+
+import multiprocessing
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["siq_vl.distill.options", "siq_vl.distill.page", "siq_vl.distill.card", "siq_vl.distill.teachers.server"]
+)
