@@ -7,19 +7,13 @@ Rules that compare traces with one another (`duplicate`, `not_best`, `agreement`
 import ast
 import operator
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
-
-import numpy as np
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from siq_vl.evaluation.answers import MATCHES, Parsed, agrees, final_answer, number_in, parse_trace
+from siq_vl.evaluation.texts import languages, loops, other_language, pieces
 
 _TAG = re.compile(r"</?(?:think|answer)>")
-_PIECE = re.compile(r"\w+|[^\w\s]")
 _REFUSAL = re.compile(
     r"\b(?:i(?:'|’)?m|i am) (?:sorry\b|(?:unable|not able) to)|\bas an ai\b|"
     r"\b(?:i|we) (?:can(?:no|'|’)?t|can ?not|could not|do not have the ability to) "
@@ -69,7 +63,6 @@ _COMPARE = {
     "≤": operator.le,
     "≥": operator.ge,
 }
-_MIN_WORDS = 12  # fewer say too little about their language
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,7 @@ class Verification:
             raise ValueError(
                 f"rationales of {self.min_tokens} to {self.max_tokens} tokens: the bounds must rise from 0"
             )
-        if self.language and self.language not in _identifier().labels:
+        if self.language and self.language not in languages():
             raise ValueError(f"language is {self.language!r}; it must be a code such as en, or empty for any")
 
     def settings(self) -> dict:
@@ -133,11 +126,6 @@ def read(output: str) -> tuple[Parsed, int]:
     """Return an output taken apart, and the number of pieces of its rationale."""
     parsed = parse_trace(output)
     return parsed, len(pieces(parsed.rationale))
-
-
-def pieces(text: str) -> list[str]:
-    """Return words, numbers and punctuation marks: what the bounds on length count, the same for every teacher."""
-    return _PIECE.findall(text)
 
 
 def _unparsed(trace: Trace, rules: Verification) -> bool:
@@ -194,18 +182,8 @@ def _wrong_length(trace: Trace, rules: Verification) -> bool:
 
 
 def _other_language(trace: Trace, rules: Verification) -> bool:
-    rationale = trace.parsed.rationale
-    if not rules.language or not rationale:
-        return False
-    scripts = _scripts(rationale)
-    own = set(_scripts(trace.question + " ".join(trace.golds) + _SAMPLES.get(rules.language, "")))
-    if sum(count for script, count in scripts.items() if script not in own) > 0.1 * sum(scripts.values()):
-        return True
-    words = re.findall(r"[^\W\d_]{2,}", rationale)
-    if len(words) < _MIN_WORDS:
-        return False
-    found, confidence = _identifier().classify(" ".join(words))
-    return found != rules.language and confidence > 0.9
+    known = trace.question + " ".join(trace.golds)
+    return bool(rules.language) and other_language(trace.parsed.rationale, rules.language, known=known)
 
 
 def _leaks_hint(trace: Trace, rules: Verification) -> bool:
@@ -224,28 +202,6 @@ RULES: Mapping[str, Callable[[Trace, Verification], bool]] = {
     "language": _other_language,
     "hint": _leaks_hint,
 }
-
-
-def loops(tokens: list[str]) -> bool:
-    """Return whether some stretch is repeated over and over.
-
-    Either the same one to sixty pieces follow each other four times or more, over at least eighteen pieces; or, in a
-    text of at least eighty words, fewer than three in ten of its runs of four words are new ones. A counter that goes on
-    does not hide a loop, and a long list of numbers is none.
-    """
-    if len(tokens) - len(set(tokens)) < 14:  # the least that any period below has to repeat
-        return False
-    ids = np.array([hash(token) for token in tokens])
-    for period in range(1, min(60, len(ids) // 4) + 1):
-        same = np.concatenate(([0], (ids[period:] == ids[:-period]).astype(np.int8), [0]))
-        edges = np.flatnonzero(np.diff(same))
-        if len(edges) and (edges[1::2] - edges[::2]).max() >= max(3 * period, 18 - period):
-            return True
-    words = [token for token in tokens if token.isalpha()]
-    if len(words) < 80:
-        return False
-    runs = Counter(zip(*(words[shift:] for shift in range(4)), strict=False))
-    return len(runs) < 0.3 * sum(runs.values())
 
 
 def false_statements(text: str) -> list[str]:
@@ -328,28 +284,3 @@ def _close(a: float, b: float, shown: str) -> bool:
 
 def _near(a: float, b: float) -> bool:
     return abs(a - b) <= 0.05 * abs(b)
-
-
-# A letter of the script for languages that are not written in Latin letters.
-_SAMPLES = {
-    "zh": "一", "ja": "一かカ", "ko": "가", "ru": "я", "uk": "я", "bg": "я", "sr": "яa", "el": "α", "ar": "ا", "fa": "ا",
-    "he": "א", "hi": "अ", "th": "ก", "ta": "அ", "bn": "অ", "ka": "ა", "hy": "ա",
-}  # fmt: skip
-
-
-def _scripts(text: str) -> Counter[str]:
-    """Count letters by script; Latin and Greek letters (of formulas) and the like by the first word of their names."""
-    if text.isascii():
-        return Counter({"LATIN": sum(map(str.isalpha, text))})
-    names: Counter[str] = Counter()
-    for letter, count in Counter(character for character in text if character.isalpha()).items():
-        script = unicodedata.name(letter, "UNKNOWN").split()[0]
-        names["LATIN" if script in ("MATHEMATICAL", "FEMININE", "MASCULINE", "MICRO", "DOUBLE-STRUCK") else script] += (
-            count
-        )
-    return names
-
-
-@cache
-def _identifier() -> LanguageIdentifier:
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -1,15 +1,18 @@
 """Reading a model's output: its rationale, its answer, and the facts that it states."""
 
+import math
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_WELL_FORMED = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 _MARKER = re.compile(
     r"(?:^|(?<=[.!?:;,\n*])|(?<=\bso)|(?<=\bthus)|(?<=\bhence)|(?<=\btherefore))[\s*#_]*"
-    r"(?:(?:the\s+)?(?:final\s+|correct\s+|short\s+)?answer(?:\s+to\s+[^.:\n]{1,60})?[\s*_]*(?:\bis\b|:|=)|answer\s*[*_]*\n)"
+    r"(?:(?:the\s+)?(?:(?:final\s+|correct\s+|short\s+|right\s+|best\s+)?answer|(?:correct|right|best)\s+(?:option|choice))(?:\s+to\s+[^.:\n]{1,60})?[\s*_]*(?:\bis\b|:|=)|answer\s*[*_]*\n)"
     r"[\s*:_]*",
     re.IGNORECASE,
 )
@@ -18,7 +21,7 @@ _NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())} | {"n
 _SCALES = {"k": 1e3, "thousand": 1e3, "million": 1e6, "mn": 1e6, "billion": 1e9, "bn": 1e9, "trillion": 1e12}
 _NUMBER = re.compile(
     r"(?P<sign>[-\u2212]?)\s*(?P<currency>[$€£¥])?\s*(?P<sign2>[-\u2212]?)"
-    r"(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:\s*/\s*(?P<over>\d+(?:\.\d+)?))?"
+    r"(?P<digits>\d{1,3}(?:[,\u00a0\u2009\u202f'’]\d{3})+(?:\.\d+)?(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)(?:\s*/\s*(?P<over>\d+(?:\.\d+)?))?"
     r"(?:\s*(?P<percent>%|percent\b|per cent\b))?(?:\s*(?P<scale>k|thousand|million|mn|billion|bn|trillion)\b)?",
     re.IGNORECASE,
 )
@@ -28,6 +31,7 @@ _APPROXIMATELY = re.compile(
 _CHOICE = re.compile(
     r"^(?:option|choice|answer)?\s*[(\[]?([a-h])(?:[)\].:]|\s*$)\s*[-:.)]*\s*(.*)$", re.IGNORECASE | re.DOTALL
 )
+_ALTERNATIVE = re.compile(r"(?:or|and|/|,)\s*(?:[(\[][a-h][)\]]|[a-h]\b(?!\s+\w))", re.IGNORECASE)
 _YES, _NO = frozenset({"yes", "true", "correct"}), frozenset({"no", "false", "incorrect"})
 KINDS = ("open", "number", "choice", "yes_no")
 MATCHES = ("exact", "number", "relaxed")
@@ -35,7 +39,7 @@ MATCHES = ("exact", "number", "relaxed")
 
 @dataclass(frozen=True)
 class Parsed:
-    """A model's output taken apart; `well_formed` says whether it ran `<think>…</think><answer>…</answer>`."""
+    """A model's output taken apart; `well_formed` says whether it ran `<think>…</think><answer>…</answer>`, and no more."""
 
     rationale: str
     answer: str
@@ -51,9 +55,13 @@ def parse(text: str) -> Parsed:
     think, answer = _THINK.search(text), _ANSWER.search(text)
     rationale = think.group(1).strip() if think else ""
     if answer:
-        closed = all(tag in text for tag in ("<think>", "</think>", "</answer>"))
-        return Parsed(rationale, answer.group(1).strip(), closed)
+        return Parsed(rationale, answer.group(1).strip(), is_well_formed(text))
     return Parsed(rationale, "" if think else text, False)
+
+
+def is_well_formed(text: str) -> bool:
+    """Return whether a text is `<think>…</think><answer>…</answer>`: each tag once, white space alone around them."""
+    return all(text.count(tag) == 1 for tag in TAGS) and bool(_WELL_FORMED.fullmatch(text.strip()))
 
 
 def matches(answer: str, gold: str) -> bool:
@@ -118,7 +126,7 @@ def final_answer(text: str) -> str:
 def _final(text: str) -> tuple[str, str]:
     """Return what stands before the last named answer, and the answer."""
     boxed = _last_boxed(text)
-    marked = next(iter(deque(_MARKER.finditer(text), maxlen=1)), None)
+    marked = max(_MARKER.finditer(text), key=lambda found: found.start(), default=None)
     said, _, below = text[marked.end() :].partition("\n") if marked else ("", "", "")
     if boxed and (marked is None or boxed[0] >= marked.start()):
         start = marked.start() if marked and not below.strip() else boxed[0]
@@ -172,16 +180,17 @@ def number_in(text: str) -> tuple[float, str] | None:
     if not found:
         return None
     unit = text[found.end() :].strip(" .").casefold()
-    if any(character.isdigit() for character in unit) or len(unit.split()) > 3 or re.match(r"[-/:.,+*=]", unit):
+    if any(character.isdecimal() for character in unit) or len(unit.split()) > 3 or re.match(r"[-/:.,+*=]", unit):
         return None
-    value = float(found["digits"].replace(",", ""))
+    value = float(re.sub("[,\u00a0\u2009\u202f'’]", "", found["digits"]))
     if found["over"]:
         if float(found["over"]) == 0:
             return None
         value /= float(found["over"])
     if found["sign"] or found["sign2"]:
         value = -value
-    return value * _SCALES.get((found["scale"] or "").casefold(), 1.0), "%" if found["percent"] else unit
+    value *= _SCALES.get((found["scale"] or "").casefold(), 1.0)
+    return (value, "%" if found["percent"] else unit) if math.isfinite(value) else None
 
 
 def agrees(
@@ -234,7 +243,7 @@ def _same_number(value: float, unit: str, gold: float, gold_unit: str, tolerance
     values = [value]
     if "%" in (unit, gold_unit) and unit != gold_unit:  # 45% is given as 45 here and as 0.45 there
         values.append(value / 100 if unit == "%" else value * 100)
-    return any(abs(value - gold) <= max(tolerance * abs(gold), 1e-6 * max(1.0, abs(gold)) * 1e-3) for value in values)
+    return any(abs(value - gold) <= max(tolerance * abs(gold), 1e-12 * max(1.0, abs(gold))) for value in values)
 
 
 def _bare(text: str) -> str:
@@ -248,7 +257,7 @@ def _choice(text: str, choices: Sequence[str]) -> str | None:
     if _bare(text) in texts:
         return chr(ord("a") + texts.index(_bare(text)))
     found = _CHOICE.match(text)
-    if not found:
+    if not found or _ALTERNATIVE.match(found.group(2)):
         return None
     letter = found.group(1).casefold()
     return letter if not choices or ord(letter) - ord("a") < len(choices) else None
@@ -256,6 +265,121 @@ def _choice(text: str, choices: Sequence[str]) -> str | None:
 
 def _truth(text: str) -> bool | None:
     words = re.findall(r"[a-z]+", text.casefold())
-    if not words or words[0] not in _YES | _NO:
+    if not words or words[0] not in _YES | _NO or words[1:2] == ["or"]:
         return None
     return words[0] in _YES
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read of an output.
+
+    Attributes:
+        rationale: the reasoning before the answer.
+        answer: the answer's words, mark-up left out; for a number, a letter or a yes or no in a sentence, these alone.
+        well_formed: whether the output ran `<think>…</think><answer>…</answer>`, and no more.
+        value: what the answer says: a number for `"number"`, a lower-case letter for `"choice"`, a truth value for
+            `"yes_no"`, the answer itself for `"open"`; None where it says none.
+    """
+
+    rationale: str
+    answer: str
+    well_formed: bool
+    value: str | float | bool | None
+
+    @property
+    def parseable(self) -> bool:
+        return self.value is not None
+
+
+def read(output: str | None, *, kind: str = "open", choices: Sequence[str] = ()) -> Reading:
+    """Read any model's output: ours with tags, a native thinking format, prose that names its answer, or an answer alone.
+
+    What began to reason and never answered is unparseable; so is a text that says no number, letter, yes or no where
+    `kind` asks for one. Of several candidates in prose none is picked.
+
+    Args:
+        output: the model's whole text; None counts as empty.
+        kind: one of `KINDS`.
+        choices: the texts of a multiple choice, in the order of its letters.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    text = (output or "").strip()
+    parsed = parse_trace(text)
+    rationale, answer = parsed.rationale, parsed.answer
+    if not answer and not any(tag in text for tag in TAGS):
+        rationale, answer = "", plain_answer(text)
+    if any(tag in answer for tag in TAGS):  # stray ones, of an output that went wrong
+        answer = plain_answer(re.sub("|".join(TAGS), " ", answer))
+    answer, value = _EXTRACT[kind](answer, choices)
+    return Reading(rationale, answer, parsed.well_formed, value)
+
+
+def is_correct(
+    output: str | None,
+    golds: str | Sequence[str],
+    *,
+    kind: str = "open",
+    choices: Sequence[str] = (),
+    match: str = "number",
+) -> bool:
+    """Return whether an output answers right; what is unparseable is wrong. Arguments and errors as of `read` and `agrees`."""
+    reading = read(output, kind=kind, choices=choices)
+    return reading.parseable and agrees(reading.answer, golds, kind=kind, choices=choices, match=match)
+
+
+def _extract_open(answer: str, choices: Sequence[str]) -> tuple[str, str | None]:
+    return answer, answer or None
+
+
+def _extract_number(answer: str, choices: Sequence[str]) -> tuple[str, float | None]:
+    if stated := number_in(answer):
+        return answer, stated[0]
+    found = [match.group().strip() for match in _NUMBER.finditer(answer) if not _is_part(answer, match)]
+    stated = number_in(found[0]) if len(found) == 1 else None
+    return (found[0], stated[0]) if stated else (answer, None)
+
+
+def _is_part(text: str, match: re.Match) -> bool:
+    """Return whether a number is part of a word, a date or a code: "B12", "3-4", "1.2.3"."""
+    first = match.start("digits")
+    before, after = text[:first][-1:], text[match.end() : match.end() + 2]
+    if before in tuple("-\u2212") and text[: match.start()][-1:].isalnum():
+        return True
+    return before.isalnum() or before in tuple("_.,:/#") or bool(re.match(r"[\w#]|[-:/.,]\d", after))
+
+
+def _extract_choice(answer: str, choices: Sequence[str]) -> tuple[str, str | None]:
+    letter = _choice(answer, choices)
+    if letter is None:
+        bracketed = set(re.findall(r"\(([A-Ha-h])\)", answer))
+        named = {chr(ord("a") + place) for place, text in enumerate(choices) if _holds(answer, text)}
+        candidates = {found.casefold() for found in bracketed} or named
+        letter = candidates.pop() if len(candidates) == 1 else None
+        if letter and choices and ord(letter) - ord("a") >= len(choices):
+            letter = None
+    return (answer, None) if letter is None else (letter.upper(), letter)
+
+
+def _holds(text: str, words: str) -> bool:
+    return bool(_bare(words)) and bool(re.search(rf"(?<!\w){re.escape(_bare(words))}(?!\w)", _bare(text)))
+
+
+def _extract_yes_no(answer: str, choices: Sequence[str]) -> tuple[str, bool | None]:
+    said = _truth(answer)
+    if said is None:
+        words = set(re.findall(r"\w+", answer.casefold())) & {"yes", "no"}
+        said = words == {"yes"} if len(words) == 1 else None
+    return (answer, None) if said is None else ("yes" if said else "no", said)
+
+
+_EXTRACT = {
+    "open": _extract_open,
+    "number": _extract_number,
+    "choice": _extract_choice,
+    "yes_no": _extract_yes_no,
+}

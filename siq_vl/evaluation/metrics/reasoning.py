@@ -1,0 +1,183 @@
+"""Metrics of reasoning: how much of it there is, in what form, and what is wrong with it. They take whole outputs.
+
+The report asked for better measures than its own; where a definition is published its source is named, and what is this
+project's own says so.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from siq_vl.evaluation.answers import TAGS, is_well_formed, plain_answer, read
+from siq_vl.evaluation.metrics.matching import Row
+from siq_vl.evaluation.texts import loops, other_language, pieces
+
+UNITS = ("pieces", "words", "characters")
+
+
+def rouge_l(text: str, reference: str) -> Row:
+    """ROUGE-L: precision, recall and F1 (`score`) of the longest common subsequence of words.
+
+    Words are runs of ASCII letters and digits, in lower case, not stemmed, as in Google's `rouge_score`: text in other
+    scripts has none of them and scores 0.
+
+    Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004; the library `rouge_score`.
+    """
+    words, gold = (re.findall(r"[a-z0-9]+", given.lower()) for given in (text, reference))
+    common = _longest_common_subsequence(words, gold)
+    if not common:
+        return {"score": 0.0, "precision": 0.0, "recall": 0.0}
+    precision, recall = common / len(words), common / len(gold)
+    return {"score": 2 * precision * recall / (precision + recall), "precision": precision, "recall": recall}
+
+
+def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return its length. Bit-parallel: a zero bit stands where the table of lengths steps up (Hyyrö, 2004)."""
+    places: Counter[str] = Counter()
+    for place, word in enumerate(a):
+        places[word] |= 1 << place
+    steps = full = (1 << len(a)) - 1
+    for word in b:
+        matched = steps & places[word]
+        steps = ((steps + matched) | (steps - matched)) & full
+    return len(a) - steps.bit_count()
+
+
+def cot_length(output: str, unit: str = "pieces") -> Row:
+    """Length of the rationale (the report's CoT length), 0 where there is none: an answer alone, or prose that names none.
+
+    Args:
+        output: the whole output.
+        unit: `"pieces"` (words, numbers and punctuation marks: the same for every tokenizer), `"words"` (by white space)
+            or `"characters"`.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unit is {unit!r}; it must be one of {', '.join(UNITS)}")
+    rationale = read(output).rationale
+    if unit == "pieces":
+        return {"length": float(len(pieces(rationale)))}
+    return {"length": float(len(rationale.split() if unit == "words" else rationale))}
+
+
+def length_distribution(rows: Sequence[Row]) -> Row:
+    """Return mean, standard deviation and quantiles of lengths, and the share of outputs without any rationale."""
+    lengths = np.array([row["length"] for row in rows])
+    quantiles = dict(
+        zip(("min", "p10", "median", "p90", "max"), np.quantile(lengths, (0, 0.1, 0.5, 0.9, 1)), strict=True)
+    )
+    return {
+        "mean": float(lengths.mean()),
+        "std": float(lengths.std()),
+        **{name: float(value) for name, value in quantiles.items()},
+        "without": float((lengths == 0).mean()),
+    }
+
+
+def format_rate(output: str) -> Row:
+    """Whether an output is `<think>…</think><answer>…</answer>`, each tag once and nothing but white space around them.
+
+    Source: the format reward of DeepSeek-AI, "DeepSeek-R1", 2025.
+    """
+    return {"score": float(is_well_formed(output))}
+
+
+def structure_score(output: str) -> Row:
+    """How far an output has the structure of reasoning: the share of five properties that hold. This project's own.
+
+    `tags`: every tag once, in order, nothing outside. `rationale`: there is one. `answer`: there is one.
+    `steps`: the rationale has two steps or more: sentences, lines or clauses set off by semicolons. `conclusion`: the
+    last step names the answer, or, for a yes or no, compares or denies something.
+    """
+    parsed = read(output)
+    steps = [step for step in re.split(r"(?<=[.!?;])\s+|\n+", parsed.rationale) if pieces(step)]
+    checks = {
+        "tags": is_well_formed(output),
+        "rationale": bool(parsed.rationale),
+        "answer": bool(parsed.answer),
+        "steps": len(steps) > 1,
+        "conclusion": bool(steps) and _concludes(steps[-1], parsed.answer),
+    }
+    row = {name: float(held) for name, held in checks.items()}
+    return {"score": sum(row.values()) / len(row), **row}
+
+
+_VERDICT = re.compile(
+    r"[<>≤≥=]|\b(?:same|different|odd|even|more|less|fewer|higher|lower|yes|no|not|is|are|does)\b", re.I
+)
+
+
+def _concludes(step: str, answer: str) -> bool:
+    words = pieces(plain_answer(answer).casefold())
+    if words in (["yes"], ["no"]):
+        return bool(_VERDICT.search(step))
+    said = pieces(step.casefold())
+    return bool(words) and any(said[start : start + len(words)] == words for start in range(len(said)))
+
+
+def repetition(output: str) -> Row:
+    """Repetition loops: whether an output repeats some stretch over and over (`score`), and how repetitive it is.
+
+    A loop is the same one to sixty pieces four times or more in a row (at least eighteen pieces), or a long text of which
+    fewer than three in ten runs of four pieces are new: this project's own, the rule that traces are filtered by.
+    `rep_4` is the share of runs of four pieces that occurred before, 0 for shorter texts.
+
+    Source of `rep_4` (seq-rep-4): Welleck et al., "Neural Text Generation with Unlikelihood Training", ICLR 2020.
+    """
+    said = pieces(output)
+    runs = list(zip(*(said[shift:] for shift in range(4)), strict=False))
+    return {"score": float(loops(said)), "rep_4": 1 - len(set(runs)) / len(runs) if runs else 0.0}
+
+
+def mixed_language(output: str, language: str = "en", known: str = "") -> Row:
+    """Whether an output is in another language, wholly or in part: a tenth of its letters in other scripts, or all of it
+    recognised as another language. This project's own, the rule that traces are filtered by.
+
+    Args:
+        output: the whole output.
+        language: code of the language that is wanted.
+        known: text that may be quoted, such as the question; its scripts are the output's own.
+    """
+    text = output
+    for tag in TAGS:
+        text = text.replace(tag, " ")
+    return {"score": float(other_language(text, language, known))}
+
+
+def correctness(score: float) -> Row:
+    """Return the row of a sample that was answered with a score, 0 to 1, in the order of evaluation."""
+    score = float(score)
+    if not 0 <= score <= 1:
+        raise ValueError(f"score is {score}; running accuracy takes what each sample scored, from 0 to 1")
+    return {"score": score}
+
+
+def running_accuracy(rows: Sequence[Row]) -> dict:
+    """The report's running accuracy, and its stability as a number. This project's own.
+
+    The curve is the mean score of the first n samples, for every n. `volatility` is the root mean square of its distance
+    from the final value over the second half; `stability` is 1 - volatility. `volatility_by_chance` is the volatility to
+    be expected of the very same scores in random order (samples drawn without replacement: the variance of the first n
+    of N is s²(N - n) / (nN)): a curve is unstable where its volatility is well above it, which samples of drifting
+    difficulty do, and not where the scores are merely few or mixed.
+
+    Returns:
+        `accuracy`, `stability`, `volatility`, `volatility_by_chance`, and `curve`, a list.
+    """
+    scores = np.array([row["score"] for row in rows])
+    count = len(scores)
+    counts = np.arange(1, count + 1)
+    curve = np.cumsum(scores) / counts
+    half = counts >= max(1, count / 2)
+    volatility = math.sqrt(float(((curve[half] - curve[-1]) ** 2).mean()))
+    variance = float(scores.var(ddof=1)) if count > 1 else 0.0
+    expected = math.sqrt(float((variance * (count - counts[half]) / (counts[half] * count)).mean()))
+    return {
+        "accuracy": float(curve[-1]),
+        "stability": 1 - volatility,
+        "volatility": volatility,
+        "volatility_by_chance": expected,
+        "curve": [float(value) for value in curve],
+    }
