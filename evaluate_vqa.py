@@ -1,22 +1,43 @@
 """
-Evaluate checkpoints on held-out drawn figures.
+Evaluate checkpoints, ours or any image-text-to-text model's, on held-out drawn figures or on any source of a recipe.
 
     python evaluate_vqa.py --model stage3=outputs/tiny/stage3
+    python evaluate_vqa.py --model stage2=outputs/tiny/stage2 --model stage3=outputs/tiny/stage3 --report report.html
     python evaluate_vqa.py --model stage2=outputs/tiny/stage2 --model blind=outputs/tiny/blind --blind blind
     python evaluate_vqa.py --captions stage1 --model stage1=outputs/tiny/stage1
+    python evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source path/to/ChartQA --split test
+    accelerate launch --multi_gpu evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source path/to/ChartQA
 
-Each model's answers are written to `<output>/<name>.jsonl`, and one table of accuracies with 95% intervals is printed.
+Each model's answers are appended to `<output>/<name>.jsonl` batch by batch, and the same command goes on where it was
+interrupted. One table of accuracies with 95% intervals is printed, every pair of neighbouring models is compared on the
+questions that both answered, and faults are counted and named. `--report` also writes a page to look at, and its tables
+as Markdown beside it.
 """
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from siq_vl import cli
+from siq_vl.data.adapters import FORMATS
+from siq_vl.data.sources import Source, SourceConfig
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.figures import held_out_items
-from siq_vl.evaluation.tables import accuracy_table, caption_table
-from siq_vl.loading import load_checkpoint
+from siq_vl.evaluation.marking import METRICS
+from siq_vl.evaluation.questions import Item, items_of
+from siq_vl.evaluation.report import write_report
+from siq_vl.evaluation.runner import (
+    RunSettings,
+    fault_report,
+    fingerprint,
+    load_any,
+    process_state,
+    run,
+    same_questions,
+)
+from siq_vl.evaluation.tables import accuracy_table, caption_table, comparison_line, ordinary
 
 
 def parse_options() -> argparse.Namespace:
@@ -32,6 +53,20 @@ def parse_options() -> argparse.Namespace:
         "--count", type=int, default=900, help="ordinary questions; a fifth as many of each other group"
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"), help="folder of the answers")
+    parser.add_argument("--report", type=Path, metavar="PAGE.html", help="write a page, and its tables beside it")
+    parser.add_argument("--batch_size", type=int, default=64, help="questions answered together")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="bound on an answer, rationale included")
+    parser.add_argument("--no_thinking", action="store_true", help="ask for answers without reasoning")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint carries")
+    source = parser.add_argument_group("another source of questions, with the fields of a recipe's `sources`")
+    source.add_argument("--source", metavar="PATH", help="Hub id, local file or folder; drawn figures by default")
+    source.add_argument("--format", choices=FORMATS, help="told by the columns")
+    source.add_argument("--subset", help="configuration of a Hub data set, or a sub-folder")
+    source.add_argument("--split", default="test", help="split to read")
+    source.add_argument("--image_folder", help="where named pictures lie, if not beside the rows")
+    source.add_argument("--instruction", help="added to every question; for captions, asks")
+    source.add_argument("--rows", type=int, help="rows to read at most, from the first")
+    source.add_argument("--metric", choices=METRICS, help="how answers are compared; by default the format's own")
     options = parser.parse_args()
     for given in options.model:
         if "=" not in given:
@@ -46,25 +81,65 @@ def parse_options() -> argparse.Namespace:
             )
     if options.count < 5:
         raise ValueError(f"--count is {options.count}; it must be at least 5")
+    if options.captions and options.source:
+        raise ValueError("--captions needs pictures whose facts are known: leave --source out")
     return options
+
+
+def questions(options: argparse.Namespace) -> list[Item]:
+    """Return the drawn questions, or those of the source."""
+    if options.source is None:
+        return held_out_items(options.count)
+    config = SourceConfig(
+        path=options.source,
+        format=options.format,
+        subset=options.subset,
+        split=options.split,
+        image_folder=options.image_folder,
+        instruction=options.instruction,
+    )
+    return items_of(Source(config), options.rows, metric=options.metric)
+
+
+def tell(options: argparse.Namespace, items: Sequence[Item], answers: Mapping[str, Sequence[kept.Prediction]]) -> None:
+    """Print the table, the comparisons and the faults, and write the page."""
+    lines = [
+        comparison_line(f"{second} over {first}", *same_questions(ordinary(answers[first]), ordinary(answers[second])))
+        for first, second in pairwise(answers)
+    ]
+    faults = fault_report(answers)
+    print(f"\n{accuracy_table(answers)}")
+    print("".join(f"\n{line}" for line in (*lines, *faults.splitlines())))
+    if options.report is not None:
+        write_report(options.report, items, answers, notes=[*lines, *faults.splitlines()])
+        print(f"\npage: {options.report}")
 
 
 def main() -> None:
     options = parse_options()
-    items = held_out_items(options.count)
+    items = questions(options)
+    first = process_state().is_main_process
     answers = {}
     for name, checkpoint in options.model.items():
-        model, processor = load_checkpoint(checkpoint)
-        answers[name] = kept.predict(model, processor, items, blind=name in options.blind, progress=name)
-        kept.write(answers[name], options.output / f"{name}.jsonl")
-        if name in options.captions:
+        model, processor = load_any(checkpoint, trust_remote_code=options.trust_remote_code)
+        settings = RunSettings(
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            blind=name in options.blind,
+            template_options={"enable_thinking": False} if options.no_thinking else None,
+        )
+        identity = {"checkpoint": fingerprint(checkpoint)}
+        path = options.output / f"{name}.jsonl"
+        answers[name] = run(model, processor, items, path, settings, identity=identity, progress=name)
+        if name in options.captions and first:
             pictures = [item for item in items if item.group == "held out"][: options.count // 3]
             scores = kept.caption_scores(model, processor, pictures, progress=f"{name} captions")
             (options.output / f"{name}.captions.json").write_text(
                 json.dumps({"count": len(pictures), "scores": scores})
             )
             print(f"\n{name}\n\n{caption_table(scores, len(pictures))}")
-    print(f"\n{accuracy_table(answers)}")
+    if first:
+        tell(options, items, answers)
 
 
 if __name__ == "__main__":

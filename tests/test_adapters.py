@@ -19,7 +19,6 @@ from siq_vl.training.run import make_trainer, train_and_save
 from siq_vl.training.stages import count_parameters, freeze_for_stage
 
 SHORT = ("--max_steps", "3", "--effective_batch_size", "4", "--logging_steps", "1", "--dataloader_num_workers", "0")
-EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +55,11 @@ def logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
         return model.eval()(**batch).logits
 
 
+def assert_exact(merged: torch.Tensor, adapted: torch.Tensor) -> None:
+    """Equal to 1e-5 of the largest logit: float32 adds up in another order once the adapter is merged."""
+    torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-5 * adapted.abs().max().item())
+
+
 def merged_logits(folder: Path, batch: dict) -> torch.Tensor:
     return logits(SiQVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), batch)
 
@@ -80,7 +84,7 @@ def test_adapter_and_merged_checkpoint_are_one_function(start, tmp_path, overrid
     original = logits(base, batch)
     adapted = logits(PeftModel.from_pretrained(base, str(tmp_path / "adapter")), batch)
     assert (adapted - original).abs().max() > 0.1
-    torch.testing.assert_close(merged_logits(tmp_path, batch), adapted, **EXACT)
+    assert_exact(merged_logits(tmp_path, batch), adapted)
     vision = {name for name in changed(start, tmp_path) if ".vision_tower." in name}
     assert all(any(name.endswith(wanted) for name in vision) for wanted in tower)
     assert bool(vision) == bool(tower)
@@ -105,7 +109,7 @@ def test_qlora_trains_saves_reloads_and_merges(start, tmp_path):
     original = logits(base, batch)
     reloaded = logits(PeftModel.from_pretrained(base, str(tmp_path / "adapter")), batch)
     assert (reloaded - original).abs().max() > 0.1
-    torch.testing.assert_close(merged_logits(tmp_path, batch), reloaded, **EXACT)
+    assert_exact(merged_logits(tmp_path, batch), reloaded)
     says = "trained on an NF4 base and merged into that base, dequantized to float32"
     assert says in json.loads((tmp_path / "training_settings.json").read_text())["merged_into"]
     card = (tmp_path / "README.md").read_text()

@@ -8,7 +8,6 @@ from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.answers import matches, parse
 from siq_vl.evaluation.figures import held_out_items, majority_answers
 from siq_vl.evaluation.intervals import paired_difference, wilson
-from siq_vl.evaluation.report import pick, write_report
 from siq_vl.evaluation.tables import accuracy_table
 
 
@@ -82,20 +81,6 @@ def test_predictions_survive_the_file(items, tmp_path):
     assert kept.read(tmp_path / "a.jsonl") == made
     with pytest.raises(ValueError, match="run evaluate_vqa.py"):
         kept.read(tmp_path / "b.jsonl")
-
-
-def test_page_shows_every_picked_item_for_every_model(items, tmp_path):
-    answers = {name: [kept.judge(item, f"<b>{name}</b>") for item in items] for name in ("stage 1", "stage 2")}
-    shown = pick(items, 12)
-    write_report(tmp_path / "page.html", shown, answers, {"Table": "a < b"}, {"stage 1": [(1, 2.0), (2, 1.0)]})
-    page = (tmp_path / "page.html").read_text()
-    assert len(shown) == 12
-    assert {(item.domain, item.multi_step) for item in shown} == {(item.domain, item.multi_step) for item in items}
-    assert page.count("<img") == page.count("data:image/png;base64,") == 12
-    assert page.count("class=said") == 24
-    assert "<b>stage" not in page
-    assert "a &lt; b" in page
-    assert "http" not in page
 
 
 def test_blind_generation_withholds_the_pictures(items, make_model, processor, monkeypatch):

@@ -196,7 +196,7 @@ def test_stage_2_goes_on_with_its_adapter(runs, uninterrupted):
 
 def test_other_settings_do_not_go_on_from_these_checkpoints(runs, uninterrupted):
     assert runs.run("whole", "--learning_rate", "1e-4") == 2
-    assert "was made with training.learning_rate = 0.005, and now it is 0.0001" in runs.log
+    assert "was made with training.learning_rate = 0.01, and now it is 0.0001" in runs.log
     assert "pass another --output_dir, or remove the checkpoints" in runs.log
     assert runs.losses("whole") == uninterrupted
 

@@ -176,6 +176,10 @@ class Source:
         """Return a row as it is stored, its pictures not decoded; None where it is no JSON object."""
         return self._row(self.rows[index])
 
+    def stored(self) -> Iterator[Mapping | None]:
+        """Yield every row as it is stored, in its order."""
+        yield from map(self._row, self.rows.iter(1))
+
     def stream(self, part: int, parts: int, seed: int) -> Iterator[tuple[int, Mapping | None]]:
         """Yield (number, row), shuffled, of one of the `parts` that the rows are dealt out in.
 

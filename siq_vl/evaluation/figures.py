@@ -1,33 +1,14 @@
 """Held-out questions and captions about drawn figures, and the answers that need no model."""
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 
-from PIL import Image
-
-from siq_vl.data.figures.dataset import DOMAINS, sample
+from siq_vl.data.figures.dataset import DOMAINS, rationale, sample
+from siq_vl.data.figures.rows import user_turn
+from siq_vl.evaluation.questions import Item
 
 EVALUATION_SEED = 0
+# The ordinary test split; combinations never trained on; axis reading and sums of three or more terms, reported only.
 GROUPS = ("held out", "combinations", "hard")
-
-
-@dataclass(frozen=True)
-class Item:
-    """One evaluation question.
-
-    `group` is `"held out"` (the ordinary test split), `"combinations"` (combinations never trained on) or `"hard"`
-    (axis reading and sums of three or more terms, reported only).
-    """
-
-    id: str
-    group: str
-    domain: str
-    type: str
-    multi_step: bool
-    question: str
-    answer: str
-    caption: str
-    image: Image.Image
 
 
 def held_out_items(count: int, seed: int = EVALUATION_SEED) -> list[Item]:
@@ -53,9 +34,11 @@ def _item(group: str, split: str, index: int, seed: int, hard: bool) -> Item:
         type=question.type,
         multi_step=question.multi_step,
         question=question.text,
-        answer=question.answer,
+        golds=(question.answer,),
+        messages=user_turn(question.text),
+        images=(drawn.image,),
         caption=figure.caption,
-        image=drawn.image,
+        reasoning=rationale(figure, question),
     )
 
 

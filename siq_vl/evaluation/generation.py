@@ -1,21 +1,17 @@
-"""Batched greedy generation."""
+"""Batched greedy generation with any image-text-to-text model."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
-
-from siq_vl.processing_siq_vl import SiQVLProcessor
-
-logger = logging.getLogger(__name__)
+from transformers import PreTrainedModel, ProcessorMixin
 
 
 def generate_texts(
     model: PreTrainedModel,
-    processor: SiQVLProcessor,
+    processor: ProcessorMixin,
     prompts: Sequence[list[dict]],
     images: Sequence[list[Image.Image]],
     *,
@@ -36,25 +32,58 @@ def generate_texts(
         progress: what the progress bar says; no bar by default.
         template_options: passed to the chat template, for instance `enable_thinking=False`.
     """
-    texts = [
-        processor.apply_chat_template(prompt, add_generation_prompt=True, **template_options) for prompt in prompts
-    ]
-    order = sorted(range(len(texts)), key=lambda index: (len(images[index]), len(texts[index])))
+    texts = [rendered(processor, prompt, template_options) for prompt in prompts]
     completions = [""] * len(texts)
-    for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None):
-        batch = order[start : start + batch_size]
-        pictures = [picture for index in batch for picture in images[index]]
-        inputs = processor(
-            images=pictures or None,
-            text=[texts[index] for index in batch],
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).to(model.device)
-        with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        decoded = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, text in zip(batch, decoded, strict=True):
+    batches = list(batches_by_length(texts, [len(pictures) for pictures in images], batch_size))
+    for batch in tqdm(batches, desc=progress, disable=progress is None):
+        made = complete(
+            model,
+            processor,
+            [texts[index] for index in batch],
+            [images[index] for index in batch],
+            max_new_tokens=max_new_tokens,
+        )
+        for index, text in zip(batch, made, strict=True):
             completions[index] = text
     return completions
+
+
+def rendered(processor: ProcessorMixin, prompt: Sequence[Mapping], options: Mapping[str, Any]) -> str:
+    """Return a conversation as the text that the model completes."""
+    return processor.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False, **options)
+
+
+def batches_by_length(texts: Sequence[str], images: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield the places of rows that are generated together: like in number of images, then in length, shortest first."""
+    order = sorted(range(len(texts)), key=lambda place: (images[place], len(texts[place]), place))
+    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
+def complete(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    *,
+    max_new_tokens: int,
+) -> list[str]:
+    """Return the greedy completions of rendered texts, one batch, padded on the left.
+
+    Args:
+        texts: what `rendered` made of the conversations.
+        images: the pictures of each.
+        max_new_tokens: bound on the completion.
+    """
+    start = processor.tokenizer.bos_token
+    inputs = processor(
+        images=[list(pictures) for pictures in images] if any(images) else None,
+        text=list(texts),
+        padding=True,
+        padding_side="left",
+        # A template that writes the first token itself has it already.
+        add_special_tokens=start is not None and not texts[0].startswith(start),
+        return_tensors="pt",
+    ).to(model.device, model.dtype)
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,90 +1,201 @@
-"""One self-contained page: held-out pictures, and what each stage said about them, side by side."""
+"""One self-contained page and its tables as Markdown: scores, plots, and what each model said, side by side."""
 
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from siq_vl.evaluation.figures import Item
+from siq_vl.data.conversations import Dropped
+from siq_vl.evaluation.plots import length_plot, loss_plot, running_accuracy_plot
 from siq_vl.evaluation.predictions import Prediction
+from siq_vl.evaluation.questions import Item
+from siq_vl.evaluation.summary import summarize, table3
+from siq_vl.evaluation.tables import accuracy_table, ordinary, type_table
 
-_SCALE = 3  # drawn pictures are small: enlarge them, pixels kept sharp
-_STYLE = """
-:root { --ink: #1c2430; --soft: #5d6b7c; --line: #dfe4ea; --right: #1a7f4b; --wrong: #b3372f; --ground: #f6f7f9; }
-body { margin: 0 auto; max-width: 1180px; padding: 32px 24px 64px; color: var(--ink); background: var(--ground);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 36px 0 12px; } p { color: var(--soft); max-width: 75ch; }
-pre { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 14px; overflow-x: auto;
-  font: 13px/1.5 ui-monospace, monospace; }
-article { display: grid; grid-template-columns: 200px repeat(auto-fit, minmax(220px, 1fr)); gap: 16px; background: #fff;
-  border: 1px solid var(--line); border-radius: 10px; padding: 16px; margin-bottom: 14px; }
-article img { width: 192px; height: 192px; image-rendering: pixelated; border: 1px solid var(--line); border-radius: 6px; }
-.question { grid-column: 1 / -1; font-weight: 600; } .question small { color: var(--soft); font-weight: 400; margin-left: 8px; }
-.said h3 { font-size: 13px; margin: 0 0 6px; color: var(--soft); font-weight: 600; }
-.rationale { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding-left: 8px; }
-.answer { display: inline-block; margin-top: 6px; padding: 2px 10px; border-radius: 999px; color: #fff; overflow-wrap: anywhere; }
-.right { background: var(--right); } .wrong { background: var(--wrong); }
-figure { margin: 0 14px 0 0; display: inline-block; } figcaption { font-size: 13px; color: var(--soft); }
-"""
+SHOWN = 300  # questions in the gallery
+_SMALL, _LARGE = 256, 640  # pixels: up to the first a picture is kept as it is, above the second it is scaled down
+_PAGE = Path(__file__).with_name("page")
+_FILTERS = {
+    "all": "all",
+    "lost": "right \u2192 wrong",
+    "won": "wrong \u2192 right",
+    "hallucinated": "hallucinated",
+    "longest": "longest",
+}
+Said = Mapping[str, Prediction]
 
 
 def write_report(
     path: Path,
     items: Sequence[Item],
     answers: Mapping[str, Sequence[Prediction]],
-    tables: Mapping[str, str],
-    curves: Mapping[str, Sequence[tuple[int, float]]],
+    tables: Mapping[str, str] | None = None,
+    curves: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    *,
+    notes: Sequence[str] = (),
+    shown: int = SHOWN,
 ) -> None:
-    """Write the page.
+    """Write the page, and beside it its tables as Markdown.
 
     Args:
-        path: the HTML file.
-        items: the questions to show, with their pictures.
+        path: the HTML file; the Markdown file has its name.
+        items: the questions, with their pictures.
         answers: by model, predictions that include those of `items`.
-        tables: by heading, tables as text.
+        tables: by heading, further tables as text.
         curves: by stage, (step, training loss) points.
+        notes: lines below the scores, such as comparisons and faults.
+        shown: questions in the gallery at most; those that a filter finds come first.
     """
     by_id = {name: {prediction.id: prediction for prediction in made} for name, made in answers.items()}
-    cards = [_card(item, {name: found[item.id] for name, found in by_id.items()}) for item in items]
-    sections = [f"<h2>{html.escape(title)}</h2><pre>{html.escape(table)}</pre>" for title, table in tables.items()]
-    drawn = "".join(
-        f"<figure>{_curve(points)}<figcaption>{html.escape(name)}</figcaption></figure>"
-        for name, points in curves.items()
+    asked = {name: ordinary(made) for name, made in answers.items()}
+    summaries = {name: summarize(made) for name, made in asked.items()}
+    scores = {
+        "Scores by domain": accuracy_table(answers),
+        "The report's Table 3": table3(summaries),
+        "Scores by domain and question type": type_table(answers),
+    }
+    intro = (
+        "Accuracy in percent with half-widths of 95% Wilson intervals. Table 3, plots and comparisons are about the "
+        f"{max(map(len, asked.values()))} ordinary questions."
     )
+    picked = select(items, [{name: found[item.id] for name, found in by_id.items()} for item in items], shown)
+    cards = "".join(_card(item, {name: found[item.id] for name, found in by_id.items()}) for item in picked)
+    plots = [running_accuracy_plot({name: summary.curve for name, summary in summaries.items()})]
+    plots.append(length_plot({name: [p.length for p in made if p.scored] for name, made in asked.items()}))
+    losses = [(loss_plot(points), name) for name, points in (curves or {}).items()]
+    title = "SiQ-VL: " + ", ".join(answers)
+    first, *rest = scores.items()
+    chosen = (
+        "Every question."
+        if len(picked) == len(items)
+        else (
+            f"{len(picked)} of {len(items)} questions, chosen so that every filter finds some: count in the tables, not here."
+        )
+    )
+    sections = [
+        f"<h1>{html.escape(title)}</h1><p>{intro}</p>",
+        _section(*first),
+        "".join(f"<p>{html.escape(note)}</p>" for note in notes),
+        *(_section(*pair) for pair in rest[:1]),
+        f"<h2>Running accuracy and length of rationales</h2>{_figures([(plot, '') for plot in plots])}",
+        *(f"<details><summary>{name}</summary>{_scrolled(table)}</details>" for name, table in rest[1:]),
+        *(f"<h2>{html.escape(name)}</h2><pre>{html.escape(table)}</pre>" for name, table in (tables or {}).items()),
+        f"<h2>Training loss</h2>{_figures(losses)}" if losses else "",
+        f"<h2>What they said</h2><p>{chosen}</p>{_controls(answers, picked)}<div id=gallery>{cards}</div>",
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>SiQ-VL, stage by stage</title><style>{_STYLE}</style>"
-        "<h1>SiQ-VL, stage by stage</h1>"
-        "<p>Pictures that no stage was trained on. Reasoning is shown in grey, the answer in green where it is right and "
-        "in red where it is wrong.</p>" + "".join(cards) + "".join(sections) + f"<h2>Training loss</h2>{drawn}</html>",
+        f"<title>{html.escape(title)}</title><style>{(_PAGE / 'style.css').read_text(encoding='utf-8')}</style>"
+        + "".join(sections)
+        + f"<script>{(_PAGE / 'script.js').read_text(encoding='utf-8')}</script></html>",
         encoding="utf-8",
+    )
+    parts = [f"# {title}", intro, *(f"## {name}\n\n{table}" for name, table in {**scores, **(tables or {})}.items())]
+    lines = "\n".join(f"- {note}" for note in notes)
+    path.with_suffix(".md").write_text("\n\n".join([*parts, *([lines] if lines else [])]) + "\n", encoding="utf-8")
+
+
+def select(items: Sequence[Item], said: Sequence[Said], count: int) -> list[Item]:
+    """Return `count` items in their order, as many for each filter of the gallery as can be had."""
+    if len(items) <= count:
+        return list(items)
+    last = list(said[0])[-1]
+    by_length = sorted(range(len(items)), key=lambda place: -said[place][last].length)
+    tests: list[Callable[[Said], bool]] = [
+        lambda found: _went(found, True, False),
+        lambda found: _went(found, False, True),
+        lambda found: any(prediction.hallucinated for prediction in found.values()),
+        lambda found: True,
+    ]
+    queues = [iter([place for place in range(len(items)) if test(said[place])]) for test in tests]
+    queues.append(iter(by_length))
+    chosen: set[int] = set()
+    while len(chosen) < count:
+        for queue in queues:
+            fresh = next((place for place in queue if place not in chosen), None)
+            if fresh is not None and len(chosen) < count:
+                chosen.add(fresh)
+    return [items[place] for place in sorted(chosen)]
+
+
+def _went(said: Said, before: bool, after: bool) -> bool:
+    """Return whether some model was `before` and a later one `after`: right or wrong."""
+    outcomes = [prediction.correct for prediction in said.values() if prediction.scored]
+    return before in outcomes and after in outcomes[outcomes.index(before) :]
+
+
+def _section(title: str, table: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>{_scrolled(table)}"
+
+
+def _scrolled(table: str) -> str:
+    return f"<div class=scroll>{_html_table(table)}</div>"
+
+
+def _html_table(table: str) -> str:
+    """Return an aligned Markdown table as HTML; a row whose name begins with a dash is part of the one above."""
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    drawn = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"
+    for name, *cells in rows:
+        part = " class=part" if name.startswith("- ") else ""
+        inner = "".join(f"<td>{html.escape(cell)}</td>" for cell in (name.removeprefix("- "), *cells))
+        drawn += f"<tr{part}>{inner}</tr>"
+    return f"<table>{drawn}</table>"
+
+
+def _figures(plots: Sequence[tuple[str, str]]) -> str:
+    drawn = "".join(
+        f"<figure class=plot>{plot}<figcaption>{html.escape(name)}</figcaption></figure>" for plot, name in plots
+    )
+    return f"<div class=plots>{drawn}</div>"
+
+
+def _controls(models: Sequence[str], items: Sequence[Item]) -> str:
+    def options(names: Sequence[str], chosen: str) -> str:
+        return "".join(
+            f"<option value='{html.escape(name, quote=True)}'{' selected' if name == chosen else ''}>"
+            f"{html.escape(name or 'every domain')}</option>"
+            for name in names
+        )
+
+    names = list(models)
+    buttons = "".join(
+        f"<button type=button data-filter={key} aria-pressed=false>{label}</button>" for key, label in _FILTERS.items()
+    )
+    domains = ["", *dict.fromkeys(item.domain for item in items)]
+    return (
+        f"<div class=filters>{buttons}"
+        f"<label>from <select id=before>{options(names, names[-2] if len(names) > 1 else names[0])}</select></label>"
+        f"<label>to <select id=after>{options(names, names[-1])}</select></label>"
+        f"<label>in <select id=domain>{options(domains, '')}</select></label><output id=count></output></div>"
     )
 
 
-def pick(items: Sequence[Item], count: int) -> list[Item]:
-    """Return `count` ordinary items, spread over domains and over single- and multi-step questions.
-
-    The choice looks at the questions only, never at how a model answered.
-    """
-    ordinary = [item for item in items if item.group == "held out"]
-    kinds: dict[tuple[str, bool], list[Item]] = {}
-    for item in ordinary:
-        kinds.setdefault((item.domain, item.multi_step), []).append(item)
-    rounds = zip(*(kinds[key] for key in sorted(kinds)), strict=False)
-    return [item for around in rounds for item in around][:count]
-
-
-def _card(item: Item, said: Mapping[str, Prediction]) -> str:
-    steps = "multi-step" if item.multi_step else "single-step"
+def _card(item: Item, said: Said) -> str:
+    steps = ", multi-step" if item.multi_step else ""
+    marks = {name: [p.correct if p.scored else None, p.hallucinated, p.length] for name, p in said.items()}
     columns = "".join(_said(name, prediction) for name, prediction in said.items())
     return (
-        f"<article><div class=question>{html.escape(item.question)}<small>{item.domain}, {steps}; truth: "
-        f"{html.escape(item.answer)}</small></div><img alt='{html.escape(item.caption, quote=True)}' src='{_data_url(item.image)}'>"
-        f"{columns}</article>"
+        f"<article data-domain='{html.escape(item.domain, quote=True)}' data-marks='{html.escape(json.dumps(marks), quote=True)}'>"
+        f"<div class=question>{html.escape(item.question)}<small>{html.escape(f'{item.domain}, {item.type}{steps}')}; truth: "
+        f"{html.escape(item.answer) or '(none)'}</small></div><div>{_pictures(item)}</div>{columns}</article>"
+    )
+
+
+def _pictures(item: Item) -> str:
+    try:
+        pictures = item.open_images()
+    except Dropped as dropped:
+        return f"<div class=missing>{html.escape(str(dropped))}</div>"
+    return "".join(
+        f"<img class={'small' if max(picture.size) <= _SMALL else 'large'} "
+        f"alt='{html.escape(item.caption or item.id, quote=True)}' src='{_data_url(picture)}'>"
+        for picture in pictures
     )
 
 
@@ -92,30 +203,23 @@ def _said(name: str, prediction: Prediction) -> str:
     rationale = f"<div class=rationale>{html.escape(prediction.rationale)}</div>" if prediction.rationale else ""
     verdict = "right" if prediction.correct else "wrong"
     answer = html.escape(prediction.answer) or "(no answer)"
+    notes = [f"{prediction.contradicted} of {prediction.stated} stated facts contradicted"] * prediction.hallucinated
+    notes += [f"{prediction.fault}: {prediction.detail}"] if prediction.fault else []
     return (
-        f"<div class=said><h3>{html.escape(name)}</h3>{rationale}<span class='answer {verdict}'>{answer}</span></div>"
+        f"<div class=said><h3>{html.escape(name)}</h3>{rationale}<span class='answer {verdict}'>{answer}</span>"
+        + "".join(f"<div class=note>{html.escape(note)}</div>" for note in notes)
+        + "</div>"
     )
 
 
 def _data_url(image: Image.Image) -> str:
-    large = image.resize((image.width * _SCALE, image.height * _SCALE), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    large.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _curve(points: Sequence[tuple[int, float]], width: int = 260, height: int = 130) -> str:
-    """Return an SVG of a loss curve with its first and last value written at the ends."""
-    last_step, top = max(step for step, _ in points), max(loss for _, loss in points)
-    line = " ".join(
-        f"{8 + step / last_step * (width - 16):.1f},{height - 18 - loss / top * (height - 36):.1f}"
-        for step, loss in points
-    )
-    (_, first), (_, last) = points[0], points[-1]
-    text = "font-size='11' fill='#5d6b7c'"
-    return (
-        f"<svg width={width} height={height} style='background:#fff;border:1px solid #dfe4ea;border-radius:8px'>"
-        f"<polyline points='{line}' fill=none stroke='#2f6fd0' stroke-width=1.5 />"
-        f"<text x=8 y=14 {text}>{first:.2f}</text>"
-        f"<text x={width - 8} y={height - 4} text-anchor=end {text}>{last:.3f} at step {last_step}</text></svg>"
-    )
+    if max(image.size) <= _SMALL:
+        image.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image = image.convert("RGB")
+        image.thumbnail((_LARGE, _LARGE))
+        image.save(buffer, "JPEG", quality=82)
+        kind = "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()

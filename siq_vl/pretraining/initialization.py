@@ -30,7 +30,9 @@ def begin_with_look_ups(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight *= 0.05
         layer.mlp.down_proj.weight *= 0.05
-    frequencies = config.rope_theta ** (-torch.arange(0, head, 2) / head)
+    rope = config.to_dict()  # transformers 5 keeps the base among the rope parameters
+    base = rope.get("rope_theta") or rope["rope_parameters"]["rope_theta"]
+    frequencies = base ** (-torch.arange(0, head, 2) / head)
     slow = (frequencies < _SLOW).float().repeat(2).unsqueeze(1)  # (head, 1), in the layout of rotate_half
     fast = (frequencies > 0.09).float().repeat(2)
     previous, look_up = (layer.self_attn for layer in model.model.layers[:2])

@@ -1,0 +1,95 @@
+"""Plots as inline SVG: running accuracy, lengths of rationales, curves of training losses."""
+
+import html
+from collections.abc import Mapping, Sequence
+
+COLOURS = ("#2f6fd0", "#d9792b", "#1a7f4b", "#8a4fbf", "#b3372f", "#4c8f99", "#7a6a2f", "#c2477f")
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 280, 46, 14, 32, 34
+
+
+def running_accuracy_plot(curves: Mapping[str, Sequence[float]]) -> str:
+    """Return an SVG of running accuracies, each a share for every number of questions asked so far."""
+    longest = max(map(len, curves.values()))
+    drawn = _axes(longest, 1.0, "questions", lambda value: f"{100 * value:.0f}%")
+    for colour, values in zip(_cycled(len(curves)), curves.values(), strict=True):
+        kept = range(0, len(values), max(1, len(values) // 400))
+        points = [(place + 1, values[place]) for place in (*kept, len(values) - 1)]
+        drawn += _line([_at(x / longest, y) for x, y in points], colour)
+    return _figure(drawn + _legend(list(curves)), "Running accuracy by number of questions asked")
+
+
+def length_plot(lengths: Mapping[str, Sequence[int]], bins: int = 24) -> str:
+    """Return an SVG of the distribution of rationale lengths, in pieces: the share of outputs in each bin."""
+    longest = max(1, *(max(found, default=0) for found in lengths.values()))
+    width = -(-(longest + 1) // bins)
+    count = longest // width + 1
+    shares = {
+        name: [sum(length // width == place for length in found) / max(1, len(found)) for place in range(count)]
+        for name, found in lengths.items()
+    }
+    highest = max(max(found) for found in shares.values())
+    drawn = _axes(
+        count * width, highest, "words, numbers and marks of the rationale", lambda value: f"{100 * value:.0f}%"
+    )
+    for colour, found in zip(_cycled(len(shares)), shares.values(), strict=True):
+        steps = [(edge / count, share / highest) for place, share in enumerate(found) for edge in (place, place + 1)]
+        drawn += _line([_at(0, 0), *(_at(x, y) for x, y in steps), _at(1, 0)], colour)
+    return _figure(drawn + _legend(list(lengths)), "Share of outputs by length of the rationale")
+
+
+def loss_plot(points: Sequence[tuple[int, float]], width: int = 260, height: int = 130) -> str:
+    """Return an SVG of a loss curve with its first and last value written at the ends."""
+    last_step, top = max(step for step, _ in points), max(loss for _, loss in points)
+    line = " ".join(
+        f"{8 + step / last_step * (width - 16):.1f},{height - 18 - loss / top * (height - 36):.1f}"
+        for step, loss in points
+    )
+    (_, first), (_, last) = points[0], points[-1]
+    return (
+        f"<svg width={width} height={height} role=img aria-label='Training loss'>"
+        f"<polyline points='{line}' fill=none stroke='{COLOURS[0]}' stroke-width=1.5 />"
+        f"<text x=8 y=14>{first:.2f}</text>"
+        f"<text x={width - 8} y={height - 4} text-anchor=end>{last:.3f} at step {last_step}</text></svg>"
+    )
+
+
+def _cycled(count: int) -> list[str]:
+    return [COLOURS[place % len(COLOURS)] for place in range(count)]
+
+
+def _at(x: float, y: float) -> tuple[float, float]:
+    """Return the place on the picture of a point whose axes run from 0 to 1."""
+    return _LEFT + x * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - y * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _line(points: Sequence[tuple[float, float]], colour: str) -> str:
+    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f"<polyline points='{joined}' fill=none stroke='{colour}' stroke-width=1.8 stroke-linejoin=round />"
+
+
+def _axes(right: int, top: float, name: str, label) -> str:
+    drawn = ""
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        (left, y), (end, _), (x, bottom) = _at(0, share), _at(1, share), _at(share, 0)
+        drawn += f"<line x1={left} y1={y:.1f} x2={end} y2={y:.1f} stroke='#dfe4ea' />"
+        drawn += f"<text x={left - 6} y={y + 4:.1f} text-anchor=end>{label(share * top)}</text>"
+        drawn += f"<text x={x:.1f} y={bottom + 15:.1f} text-anchor=middle>{round(share * right)}</text>"
+    x, _ = _at(0.5, 0)
+    return drawn + f"<text x={x} y={_HEIGHT - 4} text-anchor=middle>{name}</text>"
+
+
+def _legend(names: Sequence[str]) -> str:
+    """Return the names in one line above the axes, each after its colour."""
+    drawn, x = "", _LEFT
+    for name, colour in zip(names, _cycled(len(names)), strict=True):
+        drawn += f"<line x1={x} y1=12 x2={x + 14} y2=12 stroke='{colour}' stroke-width=3 />"
+        drawn += f"<text x={x + 19} y=16>{html.escape(name)}</text>"
+        x += 34 + 7 * len(name)
+    return drawn
+
+
+def _figure(drawn: str, title: str) -> str:
+    return (
+        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' width={_WIDTH} height={_HEIGHT} role=img "
+        f"aria-label='{html.escape(title, quote=True)}'>{drawn}</svg>"
+    )
