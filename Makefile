@@ -43,11 +43,11 @@ clean:
 # another source, such as a checkout of the release, which has the mixins for generation too.
 SIQ_VL_TRANSFORMERS_SOURCE ?= $(VENV)/transformers-source
 .PHONY: test-hf
-test-hf: $(SIQ_VL_TRANSFORMERS_SOURCE)
+test-hf: $(SIQ_VL_TRANSFORMERS_SOURCE) $(VENV)/.ready
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check parameterized==0.9.0
 	SIQ_VL_TRANSFORMERS_SOURCE=$< $(VENV)/bin/python -m pytest -q -o addopts= tests/test_hf_mixins.py
 
 $(VENV)/transformers-source: $(VENV)/.ready
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check parameterized==0.9.0
 	release=$$($(VENV)/bin/python -c "import transformers; print(transformers.__version__)") && \
 	$(VENV)/bin/python -m pip download -q --no-deps --no-binary :all: -d $(VENV) transformers==$$release && \
 	mkdir -p $@ && tar -xzf $(VENV)/transformers-$$release.tar.gz -C $@ --strip-components 1

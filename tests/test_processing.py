@@ -266,3 +266,18 @@ class TestFromBackbones:
         loaded = SiQVLProcessor.from_backbones(**backbones).tokenizer
         text = "e\u0301 12<|im_end|>"  # Qwen's own tokenizer would compose the accented letter
         assert loaded(text)["input_ids"] == processor.tokenizer(text)["input_ids"]
+
+
+def test_placeholders_are_found_in_the_expanded_text(processor, make_image):
+    texts = ["a <|image_pad|> b <|image_pad|>", "c"]
+    inputs = processor(images=[make_image()] * 2, text=texts, return_text_replacement_offsets=True)
+    assert [len(offsets) for offsets in inputs["text_replacement_offsets"]] == [2, 0]
+    expanded = processor.expand_image_tokens(texts[0])
+    for offset in inputs["text_replacement_offsets"][0]:
+        assert texts[0][slice(*offset["span"])] == offset["text"] == "<|image_pad|>"
+        assert expanded[slice(*offset["new_span"])] == offset["replacement"] == "<|image_pad|>" * 4
+
+
+def test_saving_leaves_the_processor_equal_to_its_copy(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert SiQVLProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
