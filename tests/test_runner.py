@@ -252,7 +252,8 @@ def test_two_processes_answer_what_one_does(checkpoint, items, make_model, proce
     program.write_text(
         "import sys; from pathlib import Path\n"
         "from siq_vl.evaluation.figures import held_out_items\n"
-        "from siq_vl.evaluation.runner import RunSettings, load_any, run\n"
+        "from siq_vl.evaluation.runner import RunSettings, load_any, process_state, run\n"
+        "assert process_state().num_processes == 2\n"
         "made = run(*load_any(sys.argv[1]), held_out_items(10), Path(sys.argv[2]), RunSettings(4, 6))\n"
         "assert len(made) == 14\n"
     )

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -98,7 +100,11 @@ def fingerprint(checkpoint: str) -> str:
 
 def process_state() -> PartialState:
     """Return what accelerate knows of this process and its siblings, who wait for the slowest for up to a day."""
-    return PartialState(timeout=timedelta(days=1)) if not PartialState._shared_state else PartialState()
+    if PartialState._shared_state:
+        return PartialState()
+    # Unless it is told so, it takes every process on a CPU for the only one.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=1))
 
 
 def run(
