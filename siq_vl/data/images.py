@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from siq_vl.processing_siq_vl import to_rgb
 
@@ -66,7 +66,7 @@ def _decoded(image: Image.Image, max_side: int | None) -> Image.Image:
         image.load()
         image.thumbnail((max_side, max_side), reducing_gap=2.0)
     image.load()
-    return to_rgb(ImageOps.exif_transpose(image))
+    return to_rgb(image)
 
 
 def find_under(name: str, roots: Sequence[Path]) -> Path:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, build_opener
 
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from siq_vl.data.figures.dataset import Sample, sample
 from siq_vl.evaluation.answers import KINDS
@@ -47,19 +47,9 @@ class Picture:
         Raises:
             ValueError: the bytes are no picture, a damaged one, or one too large to be safe.
         """
-        from siq_vl.processing_siq_vl import to_rgb  # loads transformers, which a run without such pictures need not
+        from siq_vl.data.images import decode_image  # loads transformers, which a run without such pictures need not
 
-        name = self.path or "an embedded picture"
-        try:
-            with Image.open(io.BytesIO(self.data)) as image:
-                image.load()
-                return to_rgb(image)
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{name} is not a picture that can be read: pass a PNG, JPEG, WebP or the like") from error
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{name} has too many pixels to be opened safely: make it smaller first") from error
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{name} is damaged and cannot be decoded: save or download it again") from error
+        return decode_image(self.data, self.path or "an embedded picture")
 
     @property
     def mime(self) -> str | None:
