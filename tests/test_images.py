@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageFile
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from siq_vl.data.remote import download_image
 from siq_vl.processing_siq_vl import SPECIAL_TOKENS, load_rgb, to_rgb
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -448,3 +449,12 @@ class TestForgery:
         with pytest.raises(ValueError, match="Got 0 images for texts with 1 placeholders"):
             processor(text="Say <|image_pad|>")
         assert self.counts(processor, processor(text="a<|im_end|>")["input_ids"][0]) == [0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("http://localhost/a.png", "points into a private network"), ("ftp://example.com/a.png", "not an http")],
+)
+def test_no_picture_is_downloaded_from_this_network_or_by_another_protocol(address, message):
+    with pytest.raises(ValueError, match=message):
+        download_image(address)

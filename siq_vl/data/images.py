@@ -1,7 +1,6 @@
 """Reading pictures: from disk or memory, from under one folder, within bounds of size."""
 
 import struct
-import urllib.request
 import warnings
 from collections.abc import Sequence
 from io import BytesIO
@@ -14,8 +13,6 @@ from siq_vl.processing_siq_vl import to_rgb
 # Formats that Pillow decodes itself; others (EPS, for one) start programs of the machine.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError)
-REMOTE_BYTES = 64 * 2**20
-REMOTE_SECONDS = 20
 
 
 def open_image(path: Path, max_side: int | None = None) -> Image.Image:
@@ -87,26 +84,3 @@ def find_under(name: str, roots: Sequence[Path]) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(f"there is no file {name} in {', '.join(map(str, roots))}")
-
-
-def is_remote(name: str) -> bool:
-    """Return whether a picture's name is an address rather than a file."""
-    return "://" in name
-
-
-def download_image(url: str) -> bytes:
-    """Return what lies at an `http` or `https` address, at most `REMOTE_BYTES` of it.
-
-    Raises:
-        ValueError: another kind of address, no answer in time, or an answer that is too long.
-    """
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url} is not an http or https address: store the picture as a file")
-    try:
-        with urllib.request.urlopen(url, timeout=REMOTE_SECONDS) as response:
-            content = response.read(REMOTE_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{url} cannot be fetched: {error}") from error
-    if len(content) > REMOTE_BYTES:
-        raise ValueError(f"{url} holds more than {REMOTE_BYTES} bytes: store a smaller picture as a file")
-    return content

@@ -13,7 +13,8 @@ from PIL import Image
 from siq_vl.data.collation import supervised_segments
 from siq_vl.data.conversations import Conversation, Dropped, check
 from siq_vl.data.filters import Duplicates, filtered
-from siq_vl.data.images import decode_image, download_image, find_under, is_remote
+from siq_vl.data.images import decode_image, find_under
+from siq_vl.data.remote import download_image, is_remote
 from siq_vl.data.scoring import BATCH_SIZE, scored_text
 from siq_vl.data.sources import Source
 from siq_vl.processing_siq_vl import SiQVLProcessor, to_rgb

@@ -4,24 +4,21 @@ Another source is another generator of `TraceQuestion`: ids that stay the same f
 """
 
 import io
-import ipaddress
 import json
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, build_opener
 
 import pyarrow.parquet as pq
 from PIL import Image
 
 from siq_vl.data.figures.dataset import Sample, sample
+from siq_vl.data.remote import MAX_BYTES, download_image
 from siq_vl.evaluation.answers import KINDS
 
 TASKS = ("general", "chart", "document", "scene")
-MAX_PICTURE_BYTES = 64 << 20
 _FIGURE_TASKS = {"charts": "chart", "documents": "document", "scenes": "scene"}
 _MIME = {b"\x89PNG\r\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
 
@@ -147,44 +144,12 @@ class FileReference:
 
     def open(self) -> Picture:
         if self.path is None:
-            return Picture(_download(self.name), self.name)
+            return Picture(download_image(self.name), self.name)
         if not self.path.is_file():
             raise ValueError(f"{self.name} is not a file below the image root")
-        if self.path.stat().st_size > MAX_PICTURE_BYTES:
-            raise ValueError(f"{self.name} is larger than {MAX_PICTURE_BYTES >> 20} MiB: make it smaller first")
+        if self.path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{self.name} is larger than {MAX_BYTES >> 20} MiB: make it smaller first")
         return Picture(self.path.read_bytes(), self.name)
-
-
-class _NoLocalRedirect(HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        _refuse_local(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _refuse_local(url: str) -> None:
-    """Refuse addresses inside this network: a file of questions must not make this machine read its own services."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url} is not an http(s) address: pictures are read from nothing else")
-    try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or 80, proto=socket.IPPROTO_TCP)
-    except OSError as error:
-        raise ValueError(f"{url} cannot be resolved ({error}): check the address") from error
-    for *_, address in found:
-        if not ipaddress.ip_address(address[0].partition("%")[0]).is_global:
-            raise ValueError(f"{url} points into a private network: give its picture as a file below the image root")
-
-
-def _download(url: str) -> bytes:
-    _refuse_local(url)
-    try:
-        with build_opener(_NoLocalRedirect).open(url, timeout=30) as reply:
-            data = reply.read(MAX_PICTURE_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{url} cannot be downloaded ({error}): check the address, or save the picture") from error
-    if len(data) > MAX_PICTURE_BYTES:
-        raise ValueError(f"{url} is larger than {MAX_PICTURE_BYTES >> 20} MiB: make it smaller first")
-    return data
 
 
 def file_questions(
