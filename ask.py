@@ -3,6 +3,7 @@ Ask a checkpoint about a picture.
 
     python ask.py picture.png "What color is the fish?"
     python ask.py picture.png "How much are Jan and May together?" --model outputs/tiny/stage3 --no_thinking
+    python ask.py picture.png "How much are Jan and May together?" --max_thinking_tokens 16
 
 Prints the reasoning and the answer. Without `--model` the checkpoint is the repo itself.
 """
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(Path(__file__).parent), help="a checkpoint's folder or Hub id")
     parser.add_argument("--no_thinking", action="store_true", help="answer at once, without reasoning")
     parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--max_thinking_tokens", type=int, help="most tokens of the reasoning; the answer follows")
     options = parser.parse_args()
     image = open_image(options.image)
     if not options.question.strip():
@@ -32,7 +34,13 @@ def main() -> None:
     model, processor = load_checkpoint(options.model)
     switch = {"enable_thinking": False} if options.no_thinking else {}
     (text,) = generate_texts(
-        model, processor, [user_turn(options.question)], [[image]], max_new_tokens=options.max_new_tokens, **switch
+        model,
+        processor,
+        [user_turn(options.question)],
+        [[image]],
+        max_new_tokens=options.max_new_tokens,
+        max_thinking_tokens=options.max_thinking_tokens,
+        **switch,
     )
     parsed = parse(text)
     if parsed.rationale:

@@ -4,8 +4,8 @@ The whole story on a bare machine: three stages, their baselines, one table, one
     make demo                       # or: python demo.py
 
 Stages 1, 2 and 3 are trained with `recipes/tiny/`, beside a blind model (stage 2 with every picture withheld) and a
-control (stage 2 continued on direct answers for as long as stage 3 takes). Everything lands in `outputs/tiny/`, the
-page in `outputs/tiny/report.html`. Stages that are already there are not trained again.
+control (stage 2 continued on direct answers for as long as stage 3 takes); the traces of stage 3 are made first.
+Everything lands in `outputs/tiny/`, the page in `outputs/tiny/report.html`. What is already there is not made again.
 """
 
 import argparse
@@ -27,6 +27,7 @@ OUT = Path("outputs/tiny")
 EVALUATION = OUT / "evaluation"
 # Rows of the control are shorter than stage 3's: with half as many steps again it trains for as long (see the seconds).
 CONTROL_STEPS = 690
+TRACES = 14720  # stage 3 has as many rows, and sees each once
 
 TRAINING = {
     "stage1": "train_sft.py --stage 1",
@@ -36,7 +37,12 @@ TRAINING = {
     "control": f"train_sft.py --stage 2 --model_name_or_path {OUT}/stage2 --max_steps {CONTROL_STEPS} "
     f"--data_seed_offset 4 --output_dir {OUT}/control",
 }
-ROUNDS = (("stage1",), ("stage2", "blind"), ("stage3", "control"))
+MAKING = {
+    **TRAINING,
+    "traces": f"generate_traces.py --teacher figures --style structured --count {TRACES} --output {OUT}/traces",
+}
+ROUNDS = (("stage1",), ("stage2", "blind", "traces"), ("stage3", "control"))
+LAST_WRITTEN = {"traces": "report.html"}  # by a training: config.json
 EVALUATING = (("stage1", "blind", "stage2"), ("control", "stage3"))
 
 
@@ -71,9 +77,11 @@ def run_together(commands: dict[str, str]) -> None:
 
 
 def train_all() -> None:
-    """Train every model that has no checkpoint yet."""
+    """Train every model that has no checkpoint yet, and make the traces of stage 3."""
     for together in ROUNDS:
-        missing = {name: TRAINING[name] for name in together if not (OUT / name / "config.json").exists()}
+        missing = {
+            name: MAKING[name] for name in together if not (OUT / name / LAST_WRITTEN.get(name, "config.json")).exists()
+        }
         if missing:
             started = time.monotonic()
             run_together(missing)

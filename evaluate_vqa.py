@@ -56,6 +56,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="PAGE.html", help="write a page, and its tables beside it")
     parser.add_argument("--batch_size", type=int, default=64, help="questions answered together")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="bound on an answer, rationale included")
+    parser.add_argument("--max_thinking_tokens", type=int, help="bound on the rationale; the answer follows")
     parser.add_argument("--no_thinking", action="store_true", help="ask for answers without reasoning")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint carries")
     source = parser.add_argument_group("another source of questions, with the fields of a recipe's `sources`")
@@ -125,6 +126,7 @@ def main() -> None:
         settings = RunSettings(
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
+            max_thinking_tokens=options.max_thinking_tokens,
             blind=name in options.blind,
             template_options={"enable_thinking": False} if options.no_thinking else None,
         )

@@ -15,9 +15,11 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
+    ProcessorMixin,
     SiglipVisionModel,
     SuppressTokensLogitsProcessor,
 )
@@ -27,6 +29,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_siq_vl import TRANSFORMERS_4, SiQVLConfig, tokens_per_image
+from .generation_siq_vl import ThinkingBudgetLogitsProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -598,6 +601,42 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def generate(
+        self,
+        inputs: Optional[torch.Tensor] = None,
+        generation_config: Optional[GenerationConfig] = None,
+        *,
+        max_thinking_tokens: Optional[int] = None,
+        **kwargs,
+    ):
+        """
+        Generates, on request with a bound on the reasoning; see [`GenerationMixin.generate`] for everything else.
+
+        Args:
+            inputs (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids of the prompts.
+            generation_config (`GenerationConfig`, *optional*): May hold `max_thinking_tokens` too.
+            max_thinking_tokens (`int`, *optional*):
+                Most tokens of a rationale, after which `</think><answer>` follows, so that no answer is left out. Needs
+                `tokenizer=processor.tokenizer`. See [`ThinkingBudgetLogitsProcessor`].
+            kwargs: Inputs of the model, generation settings.
+
+        Raises:
+            ValueError: if the bound is given without a tokenizer, or `max_new_tokens` leaves no room for an answer.
+        """
+        if max_thinking_tokens is None:
+            max_thinking_tokens = vars(generation_config or self.generation_config).get("max_thinking_tokens")
+        if max_thinking_tokens is not None:
+            tokenizer = kwargs.get("tokenizer")
+            if tokenizer is None:
+                raise ValueError(
+                    f"max_thinking_tokens is {max_thinking_tokens}, but the tags are found in the text of the output: "
+                    "pass tokenizer=processor.tokenizer to generate."
+                )
+            tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
+            budget = ThinkingBudgetLogitsProcessor(tokenizer, max_thinking_tokens)
+            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), budget])
+        return super().generate(inputs, generation_config, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
@@ -624,15 +663,29 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
                 inputs.update({name: _last_of_each_sample(value, total, new) for name, value in images.items()})
         return inputs
 
-    def _get_logits_processor(self, *args, device: Optional[str] = None, **kwargs) -> LogitsProcessorList:
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: Optional[int] = None,
+        *args,
+        device: Optional[str] = None,
+        **kwargs,
+    ) -> LogitsProcessorList:
         """
-        Adds that no image placeholder is generated, nor proposed by prompt lookup.
+        Adds that no image placeholder is generated, nor proposed by prompt lookup, and starts a thinking budget.
 
-        It would stand for an image that nobody gave, in this generation and in each turn that follows.
+        A placeholder would stand for an image that nobody gave, in this generation and in each turn that follows. What
+        the budget forces comes after everything else, which may not forbid it.
         """
-        processors = super()._get_logits_processor(*args, device=device, **kwargs)
+        processors = super()._get_logits_processor(
+            generation_config, input_ids_seq_length, *args, device=device, **kwargs
+        )
         processors.insert(0, SuppressTokensLogitsProcessor([self.config.image_token_id], device=device))
-        return processors
+        budgets = [found for found in processors if isinstance(found, ThinkingBudgetLogitsProcessor)]
+        for budget in budgets:
+            budget.start(input_ids_seq_length, generation_config.max_length, generation_config.eos_token_id)
+        others = [found for found in processors if not isinstance(found, ThinkingBudgetLogitsProcessor)]
+        return LogitsProcessorList([*others, *budgets])
 
     def _images_per_sample(
         self, n_tokens: int, input_ids: Optional[torch.LongTensor], inputs_embeds: Optional[torch.Tensor] = None

@@ -1,19 +1,22 @@
 """
 Stage 3: offline chain-of-thought distillation, on traces `<think>rationale</think><answer>answer</answer>`.
 
+    python generate_traces.py --teacher figures --style structured --count 14720 --output outputs/tiny/traces
     accelerate launch train_distill.py
-    accelerate launch train_distill.py --recipe tiny --direct_share 0
+    accelerate launch train_distill.py --teachers figures-structured=2 figures-terse --curriculum length
+    python train_distill.py --emergence_steps 50           # how reasoning emerges: emergence.jsonl, emergence.svg
+    python train_distill.py --recipe siq-vl-0.5b --config internvl_chartqa --dry_run
 
-It starts from the checkpoint that stage 2 of the same recipe left. The traces of recipe `tiny` are those of the drawn
-data set's scripted oracle.
+It starts from the checkpoint that stage 2 of the same recipe left, and learns from the store of traces that the recipe
+names. `--config` picks one of several configurations, `recipes/<recipe>/stage3-<config>.yaml`.
 """
 
 from siq_vl import cli
-from siq_vl.data.figures.rows import training_rows
+from siq_vl.training.emergence import watched_rows
 from siq_vl.training.loading import load_for_stage
 from siq_vl.training.plan import plan
 from siq_vl.training.recipes import parse_recipe
-from siq_vl.training.run import make_trainer, rows_needed, train_and_save
+from siq_vl.training.run import held_out_traces, make_trainer, traces_for_stage, train_and_save
 
 
 def main() -> None:
@@ -22,18 +25,10 @@ def main() -> None:
         cli.say(plan(recipe, "reason"), recipe.training.process_index)
         return
     model, processor = load_for_stage(recipe)
-    data = recipe.data
-    rows = training_rows(
-        "train",
-        rows_needed(recipe),
-        "reason",
-        seed=data.data_seed_offset,
-        style=data.rationale_style,
-        direct_share=data.direct_share,
-        blind=data.blind,
-    )
-    trainer = make_trainer(recipe, model, processor, rows)
-    train_and_save(trainer, processor, recipe)
+    traces = traces_for_stage(recipe, processor)
+    held_out, watched = held_out_traces(recipe, traces), watched_rows(recipe, traces)
+    trainer = make_trainer(recipe, model, processor, traces.rows, held_out, traces.validation, watched)
+    train_and_save(trainer, processor, recipe, traces.report)
 
 
 if __name__ == "__main__":

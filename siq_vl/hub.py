@@ -105,6 +105,8 @@ def _facts(settings: dict) -> dict[str, object]:
         "seconds of training": settings["seconds"],
         "seed": training["seed"],
     }
+    if best := settings.get("best"):
+        facts["weights kept"] = ", ".join(f"{name} {value:g}" for name, value in best.items())
     speed = settings.get("speed") or {}
     for name in ("samples_per_second", "tokens_per_second"):
         if speed.get(name):

@@ -13,7 +13,13 @@ from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
-CODE_FILES = ["configuration_siq_vl.py", "image_processing_siq_vl.py", "modeling_siq_vl.py", "processing_siq_vl.py"]
+CODE_FILES = [
+    "configuration_siq_vl.py",
+    "generation_siq_vl.py",
+    "image_processing_siq_vl.py",
+    "modeling_siq_vl.py",
+    "processing_siq_vl.py",
+]
 AUTO_MODELS_WITH_LOGITS = {
     "AutoModelForImageTextToText",
     "AutoModelForCausalLM",

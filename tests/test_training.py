@@ -179,7 +179,8 @@ def test_overrides_win_over_the_yaml(tmp_path):
         ([], "stage is None"),
         (["--stage", "1", "--recipe", "huge"], "recipe is 'huge'; it must be one of .*tiny"),
         (["--stage", "2", "--lora_r", "0"], "lora_r is 0"),
-        (["--stage", "2", "--direct_share", "2"], "direct_share is 2.0"),
+        (["--stage", "2", "--direct_share", "0.1"], "direct_share"),
+        (["--stage", "2", "--config", "quick"], "config is 'quick'; stage 2 of recipe 'tiny' has its default alone"),
     ],
 )
 def test_bad_recipes_are_refused(arguments, message):

@@ -286,7 +286,10 @@ def read_traces(
     """
     shards = sorted(str(path) for path in (Path(folder) / "data").glob("traces-*.parquet"))
     if not shards:
-        raise ValueError(f"{folder} holds no traces: run `python generate_traces.py --output {folder}` first")
+        raise ValueError(
+            f"{folder} holds no traces: run `python generate_traces.py --teacher figures --count 300 --output {folder}` "
+            "first, with the teacher and the count that you want"
+        )
     waiting = [path for path in (Path(folder) / "journal").glob("*.jsonl") if path.stat().st_size]
     if waiting:
         logger.warning("%s has traces that are in no shard yet: run generate_traces.py again to seal them", folder)

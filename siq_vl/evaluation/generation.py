@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import LogitsProcessorList, PreTrainedModel, ProcessorMixin
+
+from siq_vl.generation_siq_vl import ThinkingBudgetLogitsProcessor
 
 
 def generate_texts(
@@ -16,6 +18,7 @@ def generate_texts(
     images: Sequence[list[Image.Image]],
     *,
     max_new_tokens: int = 128,
+    max_thinking_tokens: int | None = None,
     batch_size: int = 64,
     progress: str | None = None,
     **template_options,
@@ -28,6 +31,7 @@ def generate_texts(
         prompts: conversations that end with a user turn.
         images: the pictures of each conversation, possibly none.
         max_new_tokens: bound on the completion.
+        max_thinking_tokens: bound on its rationale, after which an answer is asked for; none by default.
         batch_size: rows generated together; rows of like length share a batch, padded on the left.
         progress: what the progress bar says; no bar by default.
         template_options: passed to the chat template, for instance `enable_thinking=False`.
@@ -42,6 +46,7 @@ def generate_texts(
             [texts[index] for index in batch],
             [images[index] for index in batch],
             max_new_tokens=max_new_tokens,
+            max_thinking_tokens=max_thinking_tokens,
         )
         for index, text in zip(batch, made, strict=True):
             completions[index] = text
@@ -66,6 +71,7 @@ def complete(
     images: Sequence[Sequence[Image.Image]],
     *,
     max_new_tokens: int,
+    max_thinking_tokens: int | None = None,
 ) -> list[str]:
     """Return the greedy completions of rendered texts, one batch, padded on the left.
 
@@ -73,6 +79,10 @@ def complete(
         texts: what `rendered` made of the conversations.
         images: the pictures of each.
         max_new_tokens: bound on the completion.
+        max_thinking_tokens: bound on its rationale, after which an answer is asked for; none by default.
+
+    Raises:
+        ValueError: `max_new_tokens` leaves no room for an answer after the rationale.
     """
     start = processor.tokenizer.bos_token
     inputs = processor(
@@ -84,6 +94,11 @@ def complete(
         add_special_tokens=start is not None and not texts[0].startswith(start),
         return_tensors="pt",
     ).to(model.device, model.dtype)
+    length = inputs["input_ids"].shape[1]
+    bounds = LogitsProcessorList()
+    if max_thinking_tokens is not None:  # any model's generate takes it in this form
+        budget = ThinkingBudgetLogitsProcessor(processor.tokenizer, max_thinking_tokens)
+        bounds.append(budget.start(length, length + max_new_tokens, model.generation_config.eos_token_id))
     with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=bounds)
+    return processor.batch_decode(output[:, length:], skip_special_tokens=True)

@@ -53,6 +53,72 @@ def loss_plot(points: Sequence[tuple[int, float]], width: int = 260, height: int
     )
 
 
+_PANELS = (
+    ("where: well-formed answers, %", "well_formed", 100),
+    ("how long: tokens of the rationale", "length", 1),
+    ("how structured: structure score, %", "structure", 100),
+    ("with what result: accuracy, %", "accuracy", 100),
+)
+_PANEL_WIDTH, _PANEL_HEIGHT = 380, 230
+
+
+def emergence_plot(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Return a standalone SVG of how reasoning emerged: four panels, in each a line a run over its steps.
+
+    The teacher's own length is a dashed line in the colour of the run.
+
+    Args:
+        runs: by name, entries with `step`, `well_formed`, `length`, `teacher_length`, `structure` and `accuracy`.
+    """
+    entries = [entry for run in runs.values() for entry in run]
+    last_step = max(1, *(entry["step"] for entry in entries))
+    longest = max(1.0, *(max(entry["length"], entry["teacher_length"]) for entry in entries))
+    drawn = ""
+    for place, (title, measure, scale) in enumerate(_PANELS):
+        left, above = place % 2 * _PANEL_WIDTH, 30 + place // 2 * _PANEL_HEIGHT
+        top = 100.0 if scale == 100 else 10 * -(-longest // 10)
+        panel = _panel_axes(title, last_step, top)
+        for colour, run in zip(_cycled(len(runs)), runs.values(), strict=True):
+            points = [(entry["step"] / last_step, scale * entry[measure] / top) for entry in run]
+            panel += _line([_in_panel(*point) for point in points], colour)
+            panel += "".join(
+                f"<circle cx='{x:.1f}' cy='{y:.1f}' r='2.4' fill='{colour}' />"
+                for x, y in map(lambda p: _in_panel(*p), points)
+            )
+            if measure == "length":
+                teacher = [_in_panel(x, run[-1]["teacher_length"] / top) for x in (0, 1)]
+                panel += _line(teacher, colour, dashed=True)
+        drawn += f"<g transform='translate({left},{above})'>{panel}</g>"
+    width, height = 2 * _PANEL_WIDTH, 2 * _PANEL_HEIGHT + 52
+    note = f"<text x='{_LEFT}' y='{height - 8}'>dashed: the teacher's own length</text>"
+    return _standalone(drawn + _legend(list(runs)) + note, width, height, "How reasoning emerged in training")
+
+
+def _in_panel(x: float, y: float) -> tuple[float, float]:
+    """Return the place in a panel of a point whose axes run from 0 to 1."""
+    return _LEFT + x * (_PANEL_WIDTH - _LEFT - _RIGHT), _PANEL_HEIGHT - _BOTTOM - y * (_PANEL_HEIGHT - 28 - _BOTTOM)
+
+
+def _panel_axes(title: str, last_step: int, top: float) -> str:
+    drawn = f"<text x='{_LEFT}' y='16' font-weight='600'>{html.escape(title)}</text>"
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        (left, y), (right, _), (x, bottom) = _in_panel(0, share), _in_panel(1, share), _in_panel(share, 0)
+        drawn += f"<line x1='{left}' y1='{y:.1f}' x2='{right}' y2='{y:.1f}' stroke='#dfe4ea' />"
+        drawn += f"<text x='{left - 6}' y='{y + 4:.1f}' text-anchor='end'>{share * top:.0f}</text>"
+        drawn += f"<text x='{x:.1f}' y='{bottom + 15:.1f}' text-anchor='middle'>{round(share * last_step)}</text>"
+    x, bottom = _in_panel(0.5, 0)
+    return drawn + f"<text x='{x}' y='{bottom + 29:.1f}' text-anchor='middle'>step</text>"
+
+
+def _standalone(drawn: str, width: int, height: int, title: str) -> str:
+    """Return a file of its own: with a namespace and a background."""
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' role='img' font-size='12' "
+        f"font-family='system-ui, sans-serif' fill='#1c2430'><title>{html.escape(title)}</title>"
+        f"<rect width='{width}' height='{height}' fill='#fff'/>{drawn}</svg>\n"
+    )
+
+
 def _cycled(count: int) -> list[str]:
     return [COLOURS[place % len(COLOURS)] for place in range(count)]
 
@@ -62,9 +128,10 @@ def _at(x: float, y: float) -> tuple[float, float]:
     return _LEFT + x * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - y * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def _line(points: Sequence[tuple[float, float]], colour: str) -> str:
+def _line(points: Sequence[tuple[float, float]], colour: str, dashed: bool = False) -> str:
     joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f"<polyline points='{joined}' fill=none stroke='{colour}' stroke-width=1.8 stroke-linejoin=round />"
+    dashes = " stroke-dasharray='5 4'" if dashed else ""
+    return f"<polyline points='{joined}' fill='none' stroke='{colour}' stroke-width='1.8' stroke-linejoin='round'{dashes} />"
 
 
 def _axes(right: int, top: float, name: str, label) -> str:
@@ -82,8 +149,8 @@ def _legend(names: Sequence[str]) -> str:
     """Return the names in one line above the axes, each after its colour."""
     drawn, x = "", _LEFT
     for name, colour in zip(names, _cycled(len(names)), strict=True):
-        drawn += f"<line x1={x} y1=12 x2={x + 14} y2=12 stroke='{colour}' stroke-width=3 />"
-        drawn += f"<text x={x + 19} y=16>{html.escape(name)}</text>"
+        drawn += f"<line x1='{x}' y1='12' x2='{x + 14}' y2='12' stroke='{colour}' stroke-width='3' />"
+        drawn += f"<text x='{x + 19}' y='16'>{html.escape(name)}</text>"
         x += 34 + 7 * len(name)
     return drawn
 

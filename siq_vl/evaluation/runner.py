@@ -41,12 +41,14 @@ class RunSettings:
     Args:
         batch_size: questions answered together; it changes no answer.
         max_new_tokens: bound on an answer, rationale included.
+        max_thinking_tokens: bound on the rationale, after which an answer is asked for; none by default.
         blind: withhold every picture.
         template_options: given to the chat template, over those of the question.
     """
 
     batch_size: int = 64
     max_new_tokens: int = 128
+    max_thinking_tokens: int | None = None
     blind: bool = False
     template_options: Mapping[str, object] | None = None
 
@@ -148,6 +150,8 @@ def run(
         "max_new_tokens": settings.max_new_tokens,
         "template_options": dict(settings.template_options or {}),
     }
+    if settings.max_thinking_tokens is not None:
+        described["max_thinking_tokens"] = settings.max_thinking_tokens
     if state.is_main_process:
         _begin(path, described)
     state.wait_for_everyone()
@@ -251,7 +255,14 @@ class _Asking:
             return []
         items, texts, images = zip(*rows, strict=True)
         try:
-            outputs = complete(self.model, self.processor, texts, images, max_new_tokens=self.settings.max_new_tokens)
+            outputs = complete(
+                self.model,
+                self.processor,
+                texts,
+                images,
+                max_new_tokens=self.settings.max_new_tokens,
+                max_thinking_tokens=self.settings.max_thinking_tokens,
+            )
         except MODEL_ERRORS as error:
             if len(rows) > 1:
                 logger.warning("a batch of %d questions failed and is asked one by one: %s", len(rows), _named(error))

@@ -84,56 +84,56 @@ def _text_of(messages: Sequence[Mapping]) -> str:
     return "\n".join(part["text"] for content in contents for part in content if part.get("text"))
 
 
-class SampleCallback(TrainerCallback):
+class HeldOutCallback(TrainerCallback):
     """Lets the model answer the same held-out rows at intervals, before the first step and at the end.
 
-    The answers go to the log, to `samples.jsonl` and the page `samples.html` in the output folder, and, as a table of
-    pictures, to each tracker that `report_to` names. Greedy decoding draws no random number: training goes on as if
-    nothing had been shown.
+    Greedy decoding draws no random number: training goes on as if nothing had been asked. What becomes of the answers is
+    the subclass's matter.
 
     Args:
         rows: held-out rows, as for training.
         processor: the model's processor.
         every_steps: the interval, in optimizer steps.
         max_new_tokens: bound on an answer.
+        batch_size: rows answered together.
     """
 
-    def __init__(self, rows: Sequence[Mapping], processor: SiQVLProcessor, every_steps: int, max_new_tokens: int):
+    def __init__(
+        self,
+        rows: Sequence[Mapping],
+        processor: SiQVLProcessor,
+        every_steps: int,
+        max_new_tokens: int,
+        batch_size: int = 8,
+    ):
         self.samples = [Sample.from_row(row) for row in rows]
         self.processor = processor
         self.every_steps = every_steps
         self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
         self.trainer: SFTTrainer | None = None  # set by whoever makes the trainer
         self._last_step: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self.show(args, state)
+            self.ask(args, state)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every_steps == 0:
-            self.show(args, state)
+            self.ask(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.global_step != self._last_step:
-            self.show(args, state)
+            self.ask(args, state)
 
-    def show(self, args, state) -> None:
-        """Generate the answers of this step, on every process, and write them down on the first."""
+    def ask(self, args, state) -> None:
+        """Generate the answers of this step, and hand them on; every process does."""
         self._last_step = state.global_step
-        answers = self._answers()
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        earlier = [entry for entry in read_samples(folder) if entry["step"] < state.global_step]  # a resume comes again
-        entries = [*earlier, {"step": state.global_step, "answers": answers}]
-        (folder / SAMPLES_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        (folder / SAMPLES_PAGE).write_text(samples_page(self.samples, entries), encoding="utf-8")
-        for sample, answer in zip(self.samples, answers, strict=True):
-            logger.info("step %d, asked %r, says %r, wanted %r", state.global_step, sample.asked, answer, sample.wanted)
-        for callback in self.trainer.callback_handler.callbacks:
-            send_to_tracker(callback, self.samples, answers, state.global_step)
+        self.record(args, state, self._answers())
+
+    def record(self, args, state, answers: Sequence[str]) -> None:
+        """Take the answers to `samples`, in their order, on every process."""
+        raise NotImplementedError
 
     def _answers(self) -> list[str]:
         model, accelerator = self.trainer.model_wrapped, self.trainer.accelerator
@@ -151,14 +151,37 @@ class SampleCallback(TrainerCallback):
                 [sample.prompt for sample in self.samples],
                 [list(sample.images) for sample in self.samples],
                 max_new_tokens=self.max_new_tokens,
-                batch_size=8,
+                batch_size=self.batch_size,
             )
 
 
-def read_samples(folder: Path) -> list[dict]:
-    """Return what `SampleCallback` has written in a folder: one entry of `step` and `answers` for each time."""
-    path = folder / SAMPLES_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+class SampleCallback(HeldOutCallback):
+    """Shows what the model says of a few held-out rows as it learns.
+
+    The answers go to the log, to `samples.jsonl` and the page `samples.html` in the output folder, and, as a table of
+    pictures, to each tracker that `report_to` names. Arguments as of `HeldOutCallback`.
+    """
+
+    def record(self, args, state, answers: Sequence[str]) -> None:
+        """Write the answers down, on the first process."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        entries = append_entry(folder / SAMPLES_FILE, {"step": state.global_step, "answers": answers})
+        (folder / SAMPLES_PAGE).write_text(samples_page(self.samples, entries), encoding="utf-8")
+        for sample, answer in zip(self.samples, answers, strict=True):
+            logger.info("step %d, asked %r, says %r, wanted %r", state.global_step, sample.asked, answer, sample.wanted)
+        for callback in self.trainer.callback_handler.callbacks:
+            send_to_tracker(callback, self.samples, answers, state.global_step)
+
+
+def append_entry(path: Path, entry: Mapping) -> list[dict]:
+    """Add an entry with its `step` to a file of JSON lines, and return all; those of a run that is resumed come again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    entries = [*(kept for kept in earlier if kept["step"] < entry["step"]), dict(entry)]
+    path.write_text("".join(json.dumps(kept) + "\n" for kept in entries))
+    return entries
 
 
 def send_to_tracker(callback: TrainerCallback, samples: Sequence[Sample], answers: Sequence[str], step: int) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from siq_vl.data.mixtures import MixtureReport
+from siq_vl.distill.rows import store_state
 from siq_vl.hub import model_card
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
@@ -49,9 +50,17 @@ def run_settings(recipe: Recipe) -> dict:
         **{f"model.{name}": value for name, value in asdict(recipe.model).items()},
         **{f"adapter.{name}": value for name, value in asdict(recipe.adapter).items()},
         **{f"data.{name}": value for name, value in asdict(recipe.data).items()},
+        **_trace_settings(recipe),
         **{f"training.{name}": training.get(name) for name in _LEARNING_SETTINGS},
         "samples a step": samples_a_step(recipe),
     }
+
+
+def _trace_settings(recipe: Recipe) -> dict:
+    if recipe.traces is None:
+        return {}
+    settings = {f"traces.{name}": value for name, value in asdict(recipe.traces).items()}
+    return {**settings, "the store's shards": store_state(recipe.traces)}
 
 
 def samples_a_step(recipe: Recipe) -> int:
@@ -147,23 +156,35 @@ def _settings(
     settings = {
         "stage": recipe.stage,
         "recipe": recipe.name,
+        "config": recipe.config or None,
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
         "effective_batch_size": samples_a_step(recipe),
         "processes": recipe.training.world_size,
         "final_loss": losses[-1] if losses else None,
+        "best": _best(trainer),
         "speed": {**speed, "peak_memory_gib": peak_memory_gib()},
         "backbones": dict(zip(("vision_tower", "language_model"), backbones_of(recipe), strict=True)),
         "model": asdict(recipe.model),
         "adapter": None if recipe.stage == "1" else asdict(recipe.adapter),
         "merged_into": merged_into,
         "data": asdict(recipe.data),
+        "traces": recipe.traces and asdict(recipe.traces),
         "data_counts": report and report.to_dict(),
         "data_table": report and report.table(),
         "run": asdict(recipe.run),
         "training": {name: value for name, value in recipe.training.to_dict().items() if name not in _PRIVATE_SETTINGS},
     }
     return _portable(settings)
+
+
+def _best(trainer: SFTTrainer) -> dict | None:
+    """Return which step's weights are kept and their validation loss, where they are not the last step's."""
+    if not trainer.args.load_best_model_at_end or trainer.state.best_model_checkpoint is None:
+        return None
+    step = int(Path(trainer.state.best_model_checkpoint).name.rpartition("-")[2])
+    metric = trainer.args.metric_for_best_model.removeprefix("eval_")
+    return {"step": step, f"validation {metric}": trainer.state.best_metric}
 
 
 def _portable(value):

@@ -12,6 +12,7 @@ from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.data.collation import IGNORED, ConversationCollator
 from siq_vl.data.mixtures import Mixture, build_mixture
 from siq_vl.data.sources import FIGURES
+from siq_vl.distill.rows import TrainingTraces
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.sizes import Memory, Sizes, count, memory_table, size_table, training_memory
 from siq_vl.training.backbones import planned_config, stand_in_processor
@@ -26,7 +27,7 @@ from siq_vl.training.recipes import (
     local_or_hub,
     starting_checkpoint,
 )
-from siq_vl.training.run import rows_needed
+from siq_vl.training.run import rows_needed, traces_for_stage
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def plan(recipe: Recipe, task: str) -> str:
     """
     config, source = planned_config(recipe)
     sizes = count(config, recipe.stage, recipe.adapter)
-    mixture, data = _data(recipe, task)
+    mixture, data = _data(recipe, task) if recipe.traces is None else _traces(recipe)
     counted, tokens = _tokens(recipe, config, mixture)
     length = counted.longest if counted else _ASSUMED_LENGTH
     batch = recipe.training.per_device_train_batch_size
@@ -72,7 +73,7 @@ def plan(recipe: Recipe, task: str) -> str:
         "Tokens": tokens,
         f"Memory of one device, predicted for {batch} x {length} tokens": memory_table(memory),
     }
-    title = f"Plan of stage {recipe.stage}, recipe {recipe.name}"
+    title = f"Plan of stage {recipe.stage}, recipe {recipe.title}"
     return "\n\n".join([title, *(f"{heading}\n\n{text}" for heading, text in sections.items())])
 
 
@@ -134,6 +135,23 @@ def _data(recipe: Recipe, task: str) -> tuple[Mixture | None, str]:
     return mixture, f"{mixture.report.table()}\n\n({count} rows are looked at for this plan){withheld}"
 
 
+def _traces(recipe: Recipe) -> tuple[TrainingTraces | None, str]:
+    """Open the store of traces; return its rows and what to say of it."""
+    config = recipe.traces
+    named = f"traces of {config.traces}, teachers: {', '.join(config.teachers) or 'all of the store'}"
+    if config.student == "text":
+        named += "\nthe student sees captions and texts in place of pictures"
+    try:
+        processor = _processor(recipe)
+    except (OSError, ValueError):
+        processor = None
+    try:
+        traces = traces_for_stage(recipe, processor)
+    except (OSError, ValueError) as error:
+        return None, f"{named}\ncannot be read here: {_line(error)}"
+    return traces, f"{named}\n{traces.report.table()}"
+
+
 def _streamed(data: DataArguments) -> DataArguments:
     """Return the mixture with sources from the Hub as streams: a plan downloads no data set."""
     remote = [
@@ -149,7 +167,7 @@ def _streamed(data: DataArguments) -> DataArguments:
     return replace(data, sources=sources)
 
 
-def _steps(recipe: Recipe, mixture: Mixture | None) -> str:
+def _steps(recipe: Recipe, mixture: Mixture | TrainingTraces | None) -> str:
     training = recipe.training
     each = samples_a_step(recipe)
     how = (
@@ -161,13 +179,16 @@ def _steps(recipe: Recipe, mixture: Mixture | None) -> str:
     epochs = f"{training.num_train_epochs:g} epochs"
     rows = recipe.data.train_samples
     if not rows and mixture is not None:
-        rows = sum(source.available or 0 for source in mixture.report.sources)
+        counts = mixture.report.sources
+        rows = sum((source.used if recipe.traces else source.available) or 0 for source in counts)
     if not rows:
         return f"{epochs}; the number of steps is known once the data can be read\n{how}"
     return f"at most {-(-rows // each) * training.num_train_epochs:,.0f} steps, {epochs} of {rows:,} rows\n{how}"
 
 
-def _tokens(recipe: Recipe, config: SiQVLConfig, mixture: Mixture | None) -> tuple[TokenCounts | None, str]:
+def _tokens(
+    recipe: Recipe, config: SiQVLConfig, mixture: Mixture | TrainingTraces | None
+) -> tuple[TokenCounts | None, str]:
     images = f"{config.image_seq_length} an image"
     if mixture is None:
         return None, f"{images}; texts are counted where the data can be read"

@@ -12,6 +12,8 @@ import yaml
 from trl import SFTConfig, TrlParser
 
 from siq_vl.data.mixtures import MixtureConfig
+from siq_vl.data.sources import FIGURES
+from siq_vl.distill.rows import TraceArguments
 
 logger = logging.getLogger(__name__)
 
@@ -86,17 +88,8 @@ class AdapterArguments:
             )
 
 
-@dataclass
 class DataArguments(MixtureConfig):
-    """What is trained on: the mixture, and how the drawn data set reasons in stage 3."""
-
-    direct_share: float = field(default=0.0, metadata={"help": "Stage 3: share of rows answered without reasoning."})
-    rationale_style: str = field(default="structured", metadata={"help": "Stage 3: style of the scripted oracle."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.direct_share <= 1:
-            raise ValueError(f"direct_share is {self.direct_share}; it must lie between 0 and 1")
+    """What stages 1 and 2 are trained on; stage 3 has `TraceArguments` beside it, and takes no sources."""
 
 
 @dataclass
@@ -119,12 +112,17 @@ class RunArguments:
     )
     sample_count: int = field(default=8, metadata={"help": "How many held-out rows it answers."})
     sample_tokens: int = field(default=128, metadata={"help": "The most tokens it may answer with."})
+    emergence_steps: int = field(
+        default=0,
+        metadata={"help": "Stage 3: measure the reasoning on held-out questions every so many steps; 0: never."},
+    )
+    emergence_count: int = field(default=120, metadata={"help": "How many held-out questions that takes."})
 
     def __post_init__(self) -> None:
-        for name in ("effective_batch_size", "free_memory_steps", "sample_steps"):
+        for name in ("effective_batch_size", "free_memory_steps", "sample_steps", "emergence_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("sample_count", "sample_tokens"):
+        for name in ("sample_count", "sample_tokens", "emergence_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
@@ -155,6 +153,13 @@ class Recipe:
     training: SFTConfig
     run: RunArguments = field(default_factory=RunArguments)
     hub: HubArguments = field(default_factory=HubArguments)
+    traces: TraceArguments | None = None
+    config: str = ""
+
+    @property
+    def title(self) -> str:
+        """The recipe's name and, where it is not the stage's default, the configuration's."""
+        return f"{self.name}, {self.config}" if self.config else self.name
 
 
 def recipe_names() -> list[str]:
@@ -171,7 +176,10 @@ def local_or_hub(path: str) -> str:
 
 
 def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, description: str | None = None) -> Recipe:
-    """Parse `--stage`, `--recipe` and any number of overrides.
+    """Parse `--stage`, `--recipe`, `--config` and any number of overrides.
+
+    `--config NAME` picks one of several configurations of a stage, `stage<n>-<name>.yaml`; it has an output folder of
+    its own.
 
     Args:
         stages: the stages that the calling script runs; with a single one, `--stage` may be left out.
@@ -184,9 +192,11 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--stage", default=stages[0] if len(stages) == 1 else None)
     chooser.add_argument("--recipe", default="tiny")
+    chooser.add_argument("--config", default="")
     chosen, rest = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    of_stage = [TraceArguments] if chosen.stage == "3" else []
     parser = TrlParser(
-        (ModelArguments, AdapterArguments, DataArguments, RunArguments, SFTConfig), description=description
+        [ModelArguments, AdapterArguments, DataArguments, RunArguments, SFTConfig, *of_stage], description=description
     )
     if {"-h", "--help"} & set(rest):
         parser.parse_args_and_config(args=["--help"])
@@ -196,23 +206,40 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
         raise ValueError(
             f"recipe is {chosen.recipe!r}; it must be one of {', '.join(recipe_names())} (folders of recipes/)"
         )
-    path = RECIPES / chosen.recipe / f"stage{chosen.stage}.yaml"
-    if not path.exists():
-        raise ValueError(
-            f"recipe {chosen.recipe!r} has no stage {chosen.stage}: {path.name} is missing in recipes/{chosen.recipe}"
-        )
+    path = _stage_file(chosen.recipe, chosen.stage, chosen.config)
     if not any(argument.split("=")[0] == "--output_dir" for argument in rest):
-        rest = [*rest, "--output_dir", str(stage_folder(chosen.recipe, chosen.stage))]
+        rest = [*rest, "--output_dir", str(stage_folder(chosen.recipe, path.stem.removeprefix("stage")))]
     if not torch.accelerator.is_available():
         rest = [*rest, "--use_cpu", "true"]  # bf16 on a machine with no accelerator has to be asked for
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             rest = [*rest, "--ddp_backend", "gloo"]
-    model, adapter, data, run, training = parser.parse_args_and_config(args=["--config", str(path), *rest])
+    model, adapter, data, run, training, *others = parser.parse_args_and_config(args=["--config", str(path), *rest])
+    traces = others[0] if others else None
     if model.dtype == "bfloat16" and not training.bf16:
         raise ValueError("dtype is bfloat16 and bf16 is false: what trains is float32, so set bf16, or dtype float32")
     keep_effective_batch(training, run.effective_batch_size)
     _check_checkpoints(training)
-    return Recipe(chosen.stage, chosen.recipe, model, adapter, data, training, run, _take_hub_arguments(training))
+    if traces is not None:
+        if [source.path for source in data.sources] != [FIGURES]:
+            raise ValueError("stage 3 learns from traces, not from sources: set traces and teachers instead")
+        _check_validation(training, traces)
+    hub = _take_hub_arguments(training)
+    config = path.stem.partition("-")[2]
+    return Recipe(chosen.stage, chosen.recipe, model, adapter, data, training, run, hub, traces, config)
+
+
+def _stage_file(recipe: str, stage: str, config: str) -> Path:
+    """Return the YAML of a stage; `config` is one of its configurations by name, `_` being as good as `-`."""
+    path = RECIPES / recipe / f"stage{stage}{'-' if config else ''}{config.replace('_', '-')}.yaml"
+    if path.exists():
+        return path
+    if config:
+        known = sorted(path.stem.partition("-")[2] for path in path.parent.glob(f"stage{stage}-*.yaml"))
+        raise ValueError(
+            f"config is {config!r}; stage {stage} of recipe {recipe!r} has {', '.join(known) or 'its default alone'}: pass "
+            "one of these, or leave --config out"
+        )
+    raise ValueError(f"recipe {recipe!r} has no stage {stage}: {path.name} is missing in recipes/{recipe}")
 
 
 def keep_effective_batch(training: SFTConfig, wanted: int) -> None:
@@ -258,6 +285,24 @@ def _check_checkpoints(training: SFTConfig) -> None:
             training.save_steps,
             training.logging_steps,
         )
+
+
+def _check_validation(training: SFTConfig, traces: TraceArguments) -> None:
+    evaluates = training.eval_strategy != "no"
+    if evaluates and not traces.validation_share:
+        raise ValueError(
+            f"eval_strategy is {training.eval_strategy.value!r} and validation_share is 0, so that there is nothing to "
+            "evaluate on: set validation_share, for instance to 0.05"
+        )
+    if not traces.early_stopping_patience:
+        return
+    if not (evaluates and training.load_best_model_at_end):
+        raise ValueError(
+            f"early_stopping_patience is {traces.early_stopping_patience}, which takes eval_strategy, the same "
+            "save_strategy, and load_best_model_at_end: set them"
+        )
+    # How often there was no improvement is a part of the run: it goes on with it.
+    training.restore_callback_states_from_checkpoint = True
 
 
 def _take_hub_arguments(training: SFTConfig) -> HubArguments:

@@ -6,21 +6,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
+from transformers import EarlyStoppingCallback
 from trl import SFTTrainer
 
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.data.mixtures import Mixture, MixtureReport, build_mixture
 from siq_vl.data.sources import FIGURES
+from siq_vl.distill.rows import TrainingTraces, training_traces
 from siq_vl.hub import push_stage
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.callbacks import FreeMemoryCallback, SampleCallback
 from siq_vl.training.checkpoints import run_settings, samples_a_step, save_stage
+from siq_vl.training.emergence import EmergenceCallback
 from siq_vl.training.recipes import REPO_ROOT, Recipe, local_or_hub
 from siq_vl.training.resume import checkpoint_to_resume, discard_incomplete
 from siq_vl.training.stages import freeze_for_stage, log_parameters
-from siq_vl.training.trainer import SiQVLTrainer
+from siq_vl.training.trainer import AnswerWeights, SiQVLTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ def rows_needed(recipe: Recipe) -> int | None:
     training = recipe.training
     if recipe.data.train_samples:
         return recipe.data.train_samples
-    if training.max_steps <= 0 and not _drawn_only(recipe):
+    if training.max_steps <= 0 and (recipe.traces or not _drawn_only(recipe)):
         return None
     if training.max_steps <= 0:
         raise ValueError("the recipe sets neither train_samples nor max_steps: set one, the drawn data has no end")
@@ -55,6 +58,21 @@ def mixture_for_stage(recipe: Recipe, task: str, processor: SiQVLProcessor) -> M
     )
 
 
+def traces_for_stage(recipe: Recipe, processor: SiQVLProcessor | None) -> TrainingTraces:
+    """Return the rows of stage 3; traces that are left out are named in `dropped_rows.jsonl` of the output folder."""
+    return training_traces(
+        recipe.traces,
+        seed=recipe.training.seed,
+        count=rows_needed(recipe),
+        processor=processor,
+        max_length=recipe.training.max_length,
+        max_image_side=recipe.data.max_image_side,
+        max_bad_share=recipe.data.max_bad_share,
+        blind=recipe.data.blind,
+        drop_log=None if recipe.run.dry_run else Path(recipe.training.output_dir) / DROP_LOG,
+    )
+
+
 def hold_out(recipe: Recipe, mixture: Mixture, task: str) -> tuple[Dataset | IterableDataset, list[Mapping]]:
     """Return the rows to train on, and those that the model answers every `sample_steps` steps.
 
@@ -72,6 +90,13 @@ def hold_out(recipe: Recipe, mixture: Mixture, task: str) -> tuple[Dataset | Ite
     return mixture.rows.select(range(count, len(mixture.rows))), [mixture.rows[index] for index in range(count)]
 
 
+def held_out_traces(recipe: Recipe, traces: TrainingTraces) -> list[Mapping]:
+    """Return the rows that the model answers every `sample_steps` steps: the first of the validation rows."""
+    if not recipe.run.sample_steps or traces.validation is None:
+        return []
+    return [traces.validation[index] for index in range(min(recipe.run.sample_count, len(traces.validation)))]
+
+
 def _drawn_only(recipe: Recipe) -> bool:
     return [source.path for source in recipe.data.sources] == [FIGURES]
 
@@ -82,6 +107,8 @@ def make_trainer(
     processor: SiQVLProcessor,
     rows: Dataset | IterableDataset,
     held_out: Sequence[Mapping] = (),
+    validation: Dataset | None = None,
+    watched: Sequence[Mapping] = (),
 ) -> SFTTrainer:
     """Return TRL's trainer for a stage, with the loss on every assistant turn.
 
@@ -91,24 +118,32 @@ def make_trainer(
         processor: its processor.
         rows: training rows for `ConversationCollator`; where they name their `source`, its loss is logged.
         held_out: rows that the model answers every `sample_steps` steps.
+        validation: rows whose loss is measured as `eval_strategy` says.
+        watched: rows on which the reasoning is measured every `emergence_steps` steps.
     """
-    training = recipe.training
+    training, traces = recipe.training, recipe.traces
     training.remove_unused_columns = False  # rows are made when read: what is stored is where they come from
     # The trainer sets these itself where it also brings the collator.
     model.config.get_text_config().pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     peft_config = freeze_for_stage(model, recipe.stage, recipe.adapter)
+    collator = ConversationCollator(processor, training.max_length)
+    if traces is not None and traces.answer_weight != 1:
+        collator = AnswerWeights(collator, processor.tokenizer, traces.answer_weight)
     trainer = SiQVLTrainer(
         model=model,
         args=training,
         train_dataset=rows,
-        data_collator=ConversationCollator(processor, training.max_length),
+        eval_dataset=validation,
+        data_collator=collator,
         processing_class=processor,
         peft_config=peft_config,
         run_settings=run_settings(recipe),
+        in_order=traces is not None and traces.curriculum != "none",
     )
     _check_engine(trainer, recipe)
     _add_callbacks(trainer, recipe, processor, held_out)
+    _watch(trainer, recipe, processor, watched)
     log_parameters(trainer.model)
     logger.info(
         "a step takes %d samples: %d a device x %d accumulated x %d processes",
@@ -134,12 +169,27 @@ def _add_callbacks(trainer: SFTTrainer, recipe: Recipe, processor: SiQVLProcesso
     run = recipe.run
     if run.free_memory_steps:
         trainer.add_callback(FreeMemoryCallback(run.free_memory_steps))
+    if recipe.traces is not None and recipe.traces.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(recipe.traces.early_stopping_patience))
     if run.sample_steps and held_out:
         callback = SampleCallback(held_out, processor, run.sample_steps, run.sample_tokens)
         callback.trainer = trainer
         trainer.add_callback(callback)
     elif run.sample_steps:
         logger.warning("sample_steps is %d, but there are no held-out rows to answer", run.sample_steps)
+
+
+def _watch(trainer: SFTTrainer, recipe: Recipe, processor: SiQVLProcessor, watched: Sequence[Mapping]) -> None:
+    steps = recipe.run.emergence_steps
+    if steps and watched:
+        callback = EmergenceCallback(watched, processor, steps)
+        callback.trainer = trainer
+        trainer.add_callback(callback)
+    elif steps:
+        logger.warning(
+            "emergence_steps is %d, but there are no held-out rows with a rationale: set validation_share in stage 3",
+            steps,
+        )
 
 
 def train_and_save(

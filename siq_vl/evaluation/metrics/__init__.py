@@ -29,6 +29,7 @@ from siq_vl.evaluation.metrics.reasoning import (
     repetition,
     rouge_l,
     running_accuracy,
+    step_score,
     structure_score,
 )
 from siq_vl.evaluation.metrics.registry import METRICS, Metric, Row, without_gold
@@ -51,6 +52,7 @@ __all__ = [
     "repetition",
     "rouge_l",
     "running_accuracy",
+    "step_score",
     "structure_score",
     "vqa_accuracy",
     "without_gold",

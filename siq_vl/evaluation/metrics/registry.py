@@ -109,6 +109,7 @@ METRICS: Mapping[str, Metric] = {
     "cot_length": Metric(reasoning.cot_length, reasoning.length_distribution, "mean"),
     "format_rate": Metric(reasoning.format_rate, _means("format_rate"), "format_rate"),
     "structure_score": Metric(reasoning.structure_score, _means("structure_score"), "structure_score"),
+    "step_score": Metric(reasoning.step_score, _means("step_score"), "step_score", "text"),
     "repetition": Metric(reasoning.repetition, _means("loop_rate"), "loop_rate"),
     "mixed_language": Metric(reasoning.mixed_language, _means("mixed_language_rate"), "mixed_language_rate"),
     "running_accuracy": Metric(reasoning.correctness, reasoning.running_accuracy, "stability"),
