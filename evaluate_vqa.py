@@ -24,7 +24,7 @@ from siq_vl import cli
 from siq_vl.data.adapters import FORMATS
 from siq_vl.data.sources import Source, SourceConfig
 from siq_vl.evaluation import predictions as kept
-from siq_vl.evaluation.figures import held_out_items
+from siq_vl.evaluation.figures import described, held_out_items
 from siq_vl.evaluation.marking import METRICS
 from siq_vl.evaluation.questions import Item, items_of
 from siq_vl.evaluation.report import write_report
@@ -58,6 +58,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=128, help="bound on an answer, rationale included")
     parser.add_argument("--max_thinking_tokens", type=int, help="bound on the rationale; the answer follows")
     parser.add_argument("--no_thinking", action="store_true", help="ask for answers without reasoning")
+    parser.add_argument("--described", action="store_true", help="show drawn figures' captions in place of pictures")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint carries")
     source = parser.add_argument_group("another source of questions, with the fields of a recipe's `sources`")
     source.add_argument("--source", metavar="PATH", help="Hub id, local file or folder; drawn figures by default")
@@ -82,8 +83,9 @@ def parse_options() -> argparse.Namespace:
             )
     if options.count < 5:
         raise ValueError(f"--count is {options.count}; it must be at least 5")
-    if options.captions and options.source:
-        raise ValueError("--captions needs pictures whose facts are known: leave --source out")
+    for name in ("captions", "described"):
+        if getattr(options, name) and options.source:
+            raise ValueError(f"--{name} needs pictures whose facts are known: leave --source out")
     return options
 
 
@@ -119,6 +121,7 @@ def tell(options: argparse.Namespace, items: Sequence[Item], answers: Mapping[st
 def main() -> None:
     options = parse_options()
     items = questions(options)
+    asked = [described(item) for item in items] if options.described else items
     first = process_state().is_main_process
     answers = {}
     for name, checkpoint in options.model.items():
@@ -130,9 +133,9 @@ def main() -> None:
             blind=name in options.blind,
             template_options={"enable_thinking": False} if options.no_thinking else None,
         )
-        identity = {"checkpoint": fingerprint(checkpoint)}
+        identity = {"checkpoint": fingerprint(checkpoint), **({"described": True} if options.described else {})}
         path = options.output / f"{name}.jsonl"
-        answers[name] = run(model, processor, items, path, settings, identity=identity, progress=name)
+        answers[name] = run(model, processor, asked, path, settings, identity=identity, progress=name)
         if name in options.captions and first:
             pictures = [item for item in items if item.group == "held out"][: options.count // 3]
             scores = kept.caption_scores(model, processor, pictures, progress=f"{name} captions")

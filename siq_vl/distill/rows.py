@@ -45,7 +45,7 @@ class TraceArguments:
     traces: str | None = field(default=None, metadata={"help": "Folder of the store, as generate_traces.py leaves it."})
     teachers: list[str] = field(
         default_factory=list,
-        metadata={"help": "Teachers, as 'name' or 'name=weight'; by default every teacher of the store alike."},
+        metadata={"help": "Teachers, 'name' or 'name=weight' (where traces are drawn); default: every teacher alike."},
     )
     traces_per_question: int = field(
         default=1, metadata={"help": "Traces of one question, drawn by the teachers' weights; 0: all of them."}

@@ -1,6 +1,7 @@
 """Held-out questions and captions about drawn figures, and the answers that need no model."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 from siq_vl.data.figures.dataset import DOMAINS, rationale, sample
 from siq_vl.data.figures.rows import user_turn
@@ -40,6 +41,11 @@ def _item(group: str, split: str, index: int, seed: int, hard: bool) -> Item:
         caption=figure.caption,
         reasoning=rationale(figure, question),
     )
+
+
+def described(item: Item) -> Item:
+    """Return a question about a drawn figure with its caption in place of the picture, as text-only students are asked."""
+    return replace(item, images=(), messages=user_turn(f"{item.caption}\n{item.question}", images=0))
 
 
 def majority_answers(per_domain: int = 3000) -> dict[tuple[str, str], str]:

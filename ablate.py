@@ -1,0 +1,108 @@
+"""
+Ablations of stage 3 on the tiny model: every arm trained with several seeds, one table with 95% intervals.
+
+    python ablate.py
+    python ablate.py --list
+    python ablate.py --only control structured terse --seeds 5 --steps 460
+
+The arms are those of `recipes/tiny/ablations.yaml`; one is added there. Runs go side by side, one a GPU, or one a core
+where there is none. What is done is not done again, so the same command goes on where it was interrupted; the runs, their
+logs and answers are in `outputs/ablations/<arm>/`, the results beside them: `ablations.md`, `results.json`, and as figures
+`ablations.svg` and, for the arms that are trained with `--emergence_steps`, `emergence.svg`.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from siq_vl import cli
+from siq_vl.ablations import Plan, jobs_of, read_plan, seed_names
+from siq_vl.evaluation import ablations
+from siq_vl.evaluation import predictions as kept
+from siq_vl.evaluation.emergence import EMERGENCE_FIGURE, EMERGENCE_FILE, read_emergence
+from siq_vl.evaluation.plots import emergence_plot
+from siq_vl.jobs import Jobs
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=Path("recipes/tiny/ablations.yaml"), help="the arms")
+    parser.add_argument("--output", type=Path, default=Path("outputs/ablations"), help="folder of runs and results")
+    parser.add_argument("--list", action="store_true", help="say what the arms are, and stop")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="run and report these arms alone")
+    parser.add_argument("--seeds", type=int, help="runs an arm")
+    parser.add_argument("--steps", type=int, help="optimizer steps a run")
+    parser.add_argument("--count", type=int, help="ordinary questions that a run is asked")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, or one a core")
+    return parser.parse_args()
+
+
+def say(line: str) -> None:
+    cli.say(line)
+    sys.stdout.flush()
+
+
+def run_all(plan: Plan, options: argparse.Namespace) -> Jobs:
+    """Run what is not done yet, telling what ends and for how long the rest will take."""
+    gpus = [str(device) for device in range(torch.cuda.device_count())]
+    if gpus and "CUDA_VISIBLE_DEVICES" in os.environ:
+        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    slots = len(gpus) or os.cpu_count() or 1
+    jobs = Jobs(
+        jobs_of(plan, options.output), options.output, slots if options.jobs is None else options.jobs, say, gpus
+    )
+    jobs.run()
+    return jobs
+
+
+def result_of(plan: Plan, name: str, out: Path) -> ablations.Result:
+    """Read the answers of an arm, and how long its runs took."""
+    arm, seeds = plan.arms[name], seed_names(plan, plan.arms[name])
+    ways = {way: [kept.read(out / name / way / f"{seed}.jsonl") for seed in seeds] for way in arm.ways}
+    settings = [out / name / seed / "training_settings.json" for seed in seeds if arm.train]
+    seconds = [json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in settings]
+    steps = round(plan.steps * arm.steps) if arm.train else 0
+    return ablations.Result(arm.about, steps, seconds, ablations.estimates(ways))
+
+
+def watched(plan: Plan, names: list[str], out: Path) -> dict[str, list[dict[str, float]]]:
+    """Return how reasoning emerged in the arms that are trained with `--emergence_steps`."""
+    folders = {name: [out / name / seed for seed in seed_names(plan, plan.arms[name])] for name in names}
+    return {
+        name: ablations.mean_over_seeds([read_emergence(folder) for folder in runs])
+        for name, runs in folders.items()
+        if all((folder / EMERGENCE_FILE).exists() for folder in runs)
+    }
+
+
+def main() -> None:
+    options = parse_options()
+    plan = read_plan(options.plan, seeds=options.seeds, steps=options.steps, count=options.count)
+    plan = plan.only(options.only) if options.only else plan
+    if options.list:
+        say("\n".join(f"{name:15} {arm.about}" for name, arm in plan.arms.items()))
+        return
+    started, out = time.monotonic(), options.output
+    jobs = run_all(plan, options)
+    asked = [name for name, arm in plan.arms.items() if all(f"{name}/{way}" in jobs.seconds for way in arm.ways)]
+    if asked:
+        results = {name: result_of(plan, name, out) for name in asked}
+        text = ablations.report(results, plan.compare)
+        (out / "ablations.md").write_text(text, encoding="utf-8")
+        (out / "ablations.svg").write_text(ablations.figure(results), encoding="utf-8")
+        (out / "results.json").write_text(json.dumps(ablations.numbers(results, plan.compare), indent=1))
+        if emerged := watched(plan, asked, out):
+            (out / EMERGENCE_FIGURE).write_text(emergence_plot(emerged), encoding="utf-8")
+        say(f"\n{text}\nresults: {out}/ablations.md, results.json and figures beside it")
+    say(f"{time.monotonic() - started:.0f} s in all")
+    if jobs.failures:
+        sys.exit(f"error: {', '.join(jobs.failures)} failed, and {len(jobs.waiting)} jobs could not start: see above")
+
+
+if __name__ == "__main__":
+    cli.run(main)
