@@ -4,6 +4,7 @@ Evaluate checkpoints, ours or any image-text-to-text model's, on held-out drawn 
     python evaluate_vqa.py --model stage3=outputs/tiny/stage3
     python evaluate_vqa.py --model stage2=outputs/tiny/stage2 --model stage3=outputs/tiny/stage3 --report report.html
     python evaluate_vqa.py --model stage2=outputs/tiny/stage2 --model blind=outputs/tiny/blind --blind blind
+    python evaluate_vqa.py --model baseline=outputs/tiny/stage2 --model student=outputs/tiny/stage3 --before_after --card
     python evaluate_vqa.py --captions stage1 --model stage1=outputs/tiny/stage1
     python evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source path/to/ChartQA --split test
     accelerate launch --multi_gpu evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source path/to/ChartQA
@@ -11,7 +12,8 @@ Evaluate checkpoints, ours or any image-text-to-text model's, on held-out drawn 
 Each model's answers are appended to `<output>/<name>.jsonl` batch by batch, and the same command goes on where it was
 interrupted. One table of accuracies with 95% intervals is printed, every pair of neighbouring models is compared on the
 questions that both answered, and faults are counted and named. `--report` also writes a page to look at, and its tables
-as Markdown beside it.
+as Markdown beside it. `--before_after` adds the report's Table 3 and A.6, the first model beside the last; `--card` writes
+them into the last one's model card.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from siq_vl.data.adapters import FORMATS
 from siq_vl.data.sources import Source, SourceConfig
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.figures import described, held_out_items
+from siq_vl.evaluation.losses import reference_losses
 from siq_vl.evaluation.marking import METRICS
 from siq_vl.evaluation.questions import Item, items_of
 from siq_vl.evaluation.report import write_report
@@ -37,7 +40,10 @@ from siq_vl.evaluation.runner import (
     run,
     same_questions,
 )
+from siq_vl.evaluation.summary import before_after
 from siq_vl.evaluation.tables import accuracy_table, caption_table, comparison_line, ordinary
+from siq_vl.hub import write_card
+from siq_vl.processing_siq_vl import SiQVLProcessor
 
 
 def parse_options() -> argparse.Namespace:
@@ -54,6 +60,10 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"), help="folder of the answers")
     parser.add_argument("--report", type=Path, metavar="PAGE.html", help="write a page, and its tables beside it")
+    parser.add_argument(
+        "--before_after", action="store_true", help="print Table 3 and A.6 of the report, losses of the references too"
+    )
+    parser.add_argument("--card", action="store_true", help="write that table into the last model's card")
     parser.add_argument("--batch_size", type=int, default=64, help="questions answered together")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="bound on an answer, rationale included")
     parser.add_argument("--max_thinking_tokens", type=int, help="bound on the rationale; the answer follows")
@@ -81,6 +91,7 @@ def parse_options() -> argparse.Namespace:
             raise ValueError(
                 f"{name!r} is none of the models {', '.join(options.model)}: pass it as --model {name}=CHECKPOINT"
             )
+    options.before_after |= options.card
     if options.count < 5:
         raise ValueError(f"--count is {options.count}; it must be at least 5")
     for name in ("captions", "described"):
@@ -104,6 +115,30 @@ def questions(options: argparse.Namespace) -> list[Item]:
     return items_of(Source(config), options.rows, metric=options.metric)
 
 
+def losses_of(options: argparse.Namespace, name: str, items: Sequence[Item], model, processor, settings) -> dict:
+    """Return the losses of the reference outputs, by kind and question; none for models of other kinds than ours."""
+    if not options.before_after or not isinstance(processor, SiQVLProcessor):
+        return {}
+    asked = {"blind": settings.blind, "template_options": settings.template_options, "batch_size": options.batch_size}
+    groups = [item for item in items if item.group != "combinations" and item.group != "hard"]
+    return {
+        kind: reference_losses(model, processor, groups, traces=kind == "trace", progress=f"{name}, {kind}", **asked)
+        for kind in ("trace", "answer")
+    }
+
+
+def tell_before_after(
+    options: argparse.Namespace, answers: Mapping[str, Sequence[kept.Prediction]], losses: Mapping
+) -> None:
+    """Print the first model beside the last, and write it into the last one's model card."""
+    table = before_after({name: ordinary(made) for name, made in answers.items()}, losses)
+    print(f"\n{table}")
+    if options.card:
+        name, checkpoint = list(options.model.items())[-1]
+        write_card(Path(checkpoint), before_after=table)
+        print(f"\nwritten into the model card of {name}: {Path(checkpoint) / 'README.md'}")
+
+
 def tell(options: argparse.Namespace, items: Sequence[Item], answers: Mapping[str, Sequence[kept.Prediction]]) -> None:
     """Print the table, the comparisons and the faults, and write the page."""
     lines = [
@@ -123,7 +158,7 @@ def main() -> None:
     items = questions(options)
     asked = [described(item) for item in items] if options.described else items
     first = process_state().is_main_process
-    answers = {}
+    answers, losses = {}, {}
     for name, checkpoint in options.model.items():
         model, processor = load_any(checkpoint, trust_remote_code=options.trust_remote_code)
         settings = RunSettings(
@@ -136,6 +171,8 @@ def main() -> None:
         identity = {"checkpoint": fingerprint(checkpoint), **({"described": True} if options.described else {})}
         path = options.output / f"{name}.jsonl"
         answers[name] = run(model, processor, asked, path, settings, identity=identity, progress=name)
+        if first:
+            losses[name] = losses_of(options, name, asked, model, processor, settings)
         if name in options.captions and first:
             pictures = [item for item in items if item.group == "held out"][: options.count // 3]
             scores = kept.caption_scores(model, processor, pictures, progress=f"{name} captions")
@@ -145,6 +182,8 @@ def main() -> None:
             print(f"\n{name}\n\n{caption_table(scores, len(pictures))}")
     if first:
         tell(options, items, answers)
+        if options.before_after:
+            tell_before_after(options, answers, losses)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ STAGE_TITLES = {
     "3": "chain-of-thought distillation",
 }
 SCORES_FILE = "scores.json"
+CURVE_FILE, EMERGENCE_FIGURE = "learning_curve.svg", "emergence.svg"
+BEFORE_AFTER_FILE = "before_after.md"
 
 # A trainer's own checkpoints and logs, and pictures of held-out data, stay at home.
 NOT_PUSHED = ["checkpoint-*", "checkpoint-*/**", ".incomplete/**", "runs/**", "wandb/**", "trackio/**", "samples.*"]
@@ -63,6 +65,8 @@ def model_card(
     settings: dict,
     *,
     has_curve: bool = False,
+    has_emergence: bool = False,
+    before_after: str = "",
     scores: Mapping[str, Mapping[str, float]] | None = None,
     repo_id: str | None = None,
     revision: str | None = None,
@@ -72,6 +76,8 @@ def model_card(
     Args:
         settings: the settings that training left.
         has_curve: whether `learning_curve.svg` lies beside the card.
+        has_emergence: whether `emergence.svg` lies there.
+        before_after: table of a baseline beside this model, as Markdown.
         scores: by benchmark, its metrics by name.
         repo_id: where the checkpoint is pushed, for the lines that load it.
         revision: the branch it is pushed to.
@@ -87,7 +93,7 @@ def model_card(
         load=load,
         rows="\n".join(f"| {name} | {value} |" for name, value in _facts(settings).items()),
         adapter_note=f" The adapter is in `adapter/`. {settings.get('merged_into') or ''}" if adapter else "",
-        sections=_sections(settings, has_curve, scores or {}),
+        sections=_sections(settings, has_curve, has_emergence, before_after, scores or {}),
     )
 
 
@@ -125,10 +131,20 @@ def _lora(adapter: dict) -> str:
     return f"r={adapter['lora_r']}, alpha={adapter['lora_alpha']}, dropout={adapter['lora_dropout']}{base}{vision}"
 
 
-def _sections(settings: dict, has_curve: bool, scores: Mapping[str, Mapping[str, float]]) -> str:
+def _sections(
+    settings: dict,
+    has_curve: bool,
+    has_emergence: bool,
+    before_after: str,
+    scores: Mapping[str, Mapping[str, float]],
+) -> str:
     sections = []
+    if before_after:
+        sections.append(f"## Before and after\n\n{before_after.strip()}\n")
     if has_curve:
         sections.append("## Learning curve\n\n![training loss](learning_curve.svg)\n")
+    if has_emergence:
+        sections.append("## How reasoning emerged\n\n![where, how long, how structured](emergence.svg)\n")
     if scores:
         lines = [
             f"| {name} | {metric} | {value} |" for name, metrics in scores.items() for metric, value in metrics.items()
@@ -171,6 +187,39 @@ def _is_hub_id(name: str | None) -> bool:
     return not any((base / name).exists() for base in (Path(), Path(__file__).resolve().parents[1]))
 
 
+def write_card(
+    folder: Path, *, repo_id: str | None = None, revision: str | None = None, before_after: str | None = None
+) -> None:
+    """Write a stage checkpoint's model card from what lies in its folder: settings, figures, scores, comparison.
+
+    Args:
+        folder: the checkpoint.
+        repo_id: where it is pushed, for the lines that load it.
+        revision: the branch it is pushed to.
+        before_after: table of a baseline beside this model, kept in `before_after.md`; by default what is kept there.
+
+    Raises:
+        ValueError: the folder is not what a stage left.
+    """
+    path = folder / "training_settings.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has no training_settings.json: a card is written for what a training stage left")
+    if before_after is not None:
+        (folder / BEFORE_AFTER_FILE).write_text(before_after.strip() + "\n", encoding="utf-8")
+    kept = folder / BEFORE_AFTER_FILE
+    scores = folder / SCORES_FILE
+    card = model_card(
+        json.loads(path.read_text(encoding="utf-8")),
+        has_curve=(folder / CURVE_FILE).exists(),
+        has_emergence=(folder / EMERGENCE_FIGURE).exists(),
+        before_after=kept.read_text(encoding="utf-8") if kept.exists() else "",
+        scores=json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else None,
+        repo_id=repo_id,
+        revision=revision,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
 def push_stage(
     folder: Path,
     *,
@@ -207,15 +256,7 @@ def push_stage(
     created = patiently(api.create_repo, repo_id=repo_id or settings["recipe"], private=private, exist_ok=True)
     if revision != "main":
         patiently(api.create_branch, repo_id=created.repo_id, branch=revision, exist_ok=True)
-    scores = json.loads((folder / SCORES_FILE).read_text()) if (folder / SCORES_FILE).exists() else None
-    card = model_card(
-        settings,
-        has_curve=(folder / "learning_curve.svg").exists(),
-        scores=scores,
-        repo_id=created.repo_id,
-        revision=revision,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_card(folder, repo_id=created.repo_id, revision=revision)
     commit = patiently(
         api.upload_folder,
         repo_id=created.repo_id,

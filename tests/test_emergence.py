@@ -125,7 +125,7 @@ class TestStepScore:
         [
             (REFERENCE, 1, 1, 1),
             ("Jan 7. Feb 3. 7 > 3", 3 / 5, 1, 1),
-            ("7 > 3. Feb 3. Jan 7.", 3 / 5, 1 / 3, 1),
+            ("7 > 3. Feb 3. Jan 7.", 3 / 5, 2 / 3, 1),
             ("Jan 8. Feb 3. 8 > 3", 1 / 5, 1, 1),
             ("Jan 7. Feb 3. 3 > 7", 2 / 5, 1, 0),
             ("Jan 7. Jan 7. Jan 7. Jan 7", 1 / 5, 1, 0),

@@ -11,6 +11,7 @@ from siq_vl.data.conversations import Dropped, text_of
 from siq_vl.data.images import decode_image
 from siq_vl.data.reading import DropLog, Reader
 from siq_vl.data.sources import Source
+from siq_vl.evaluation.answers import parse
 
 # The metric that a format's published evaluation uses; others compare words and numbers.
 METRIC_OF_FORMAT = {"chartqa": "relaxed", "scienceqa": "choice", "textvqa": "vqa"}
@@ -133,15 +134,18 @@ def _items(source: Source, number: int, row: Mapping | None, metric: str | None)
     for order, place in enumerate(places):
         asked = turns[:place]
         pictures = sum(part["type"] == "image" for turn in asked for part in turn["content"])
+        said = parse(text_of(turns[place]))  # a trace is a rationale and an answer
+        answer = said.answer if said.well_formed else text_of(turns[place])
         items.append(
             Item(
                 id=name if len(places) == 1 else f"{name}/{order}",
                 question=text_of(asked[-1]),
-                golds=_golds(labels, text_of(turns[place]), len(places)),
+                golds=_golds(labels, answer, len(places)),
                 messages=asked,
                 images=conversation.images[:pictures],
                 metric=metric or METRIC_OF_FORMAT.get(source.adapter.__name__, "number"),
                 choices=tuple(map(str, labels.get("choices") or ())),
+                reasoning=said.rationale if said.well_formed else "",
                 source=source,
                 template_options=conversation.template_options,
                 **common,

@@ -1,6 +1,6 @@
 """What a model's predictions amount to: the rows of the report's Table 3, and the curve of its running accuracy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from siq_vl.evaluation.intervals import wilson
@@ -96,6 +96,50 @@ def table3(summaries: Mapping[str, Summary]) -> str:
         ("mixed language, percent", lambda s: f"{100 * s.mixed_language:.1f}"),
     ]
     return markdown([["measure", *summaries], *([name, *map(value, summaries.values())] for name, value in rows)])
+
+
+def before_after(
+    predictions: Mapping[str, Sequence[Prediction]], losses: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> str:
+    """Return the report's Table 3 and section A.6 in one Markdown table: baseline, student, and what has changed.
+
+    Args:
+        predictions: by model, on the same questions; of more than two models the change is the last one's from the first.
+        losses: by model, by kind (`"trace"`, `"answer"`), the loss of the reference output of each question; models that
+            have none are left out.
+    """
+    summaries = {name: summarize(made) for name, made in predictions.items()}
+    counted = max(sum(prediction.scored for prediction in made) for made in predictions.values())
+    rows: list[tuple[str, Callable[[str], float | None], int]] = [
+        ("accuracy, percent", lambda name: 100 * summaries[name].accuracy, 1),
+        ("hallucination, percent of stated facts", lambda name: _scaled(summaries[name].hallucination), 1),
+        ("- the report's: 1 - accuracy", lambda name: 1 - summaries[name].accuracy, 3),
+        ("CoT length, words and marks", lambda name: summaries[name].length, 1),
+        ("running accuracy, volatility in points", lambda name: 100 * summaries[name].volatility, 2),
+        ("- expected by chance", lambda name: 100 * summaries[name].by_chance, 2),
+        ("ROUGE-L against the teacher's rationale", lambda name: summaries[name].rouge_l, 3),
+        ("average loss of the teacher's trace, nats a token", lambda name: _mean_loss(losses, name, "trace"), 3),
+        ("average loss of the gold answer alone, nats a token", lambda name: _mean_loss(losses, name, "answer"), 3),
+        ("correct rate", lambda name: _mean([float(p.correct) for p in predictions[name] if p.scored]), 4),
+    ]
+    names = list(predictions)
+    lines = [[f"{counted} questions", *names, *(["change"] if len(names) > 1 else [])]]
+    for title, value, digits in rows:
+        values = [value(name) for name in names]
+        line = [title, *(_number(found, 1, digits) for found in values)]
+        if len(names) > 1:
+            both = values[0] is not None and values[-1] is not None
+            line.append(f"{values[-1] - values[0]:+.{digits}f}" if both else "-")
+        lines.append(line)
+    return markdown(lines)
+
+
+def _scaled(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _mean_loss(losses: Mapping[str, Mapping[str, Mapping[str, float]]], name: str, kind: str) -> float | None:
+    return _mean(list(losses.get(name, {}).get(kind, {}).values()))
 
 
 def _number(value: float | None, scale: float, digits: int = 1) -> str:

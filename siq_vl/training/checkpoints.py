@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from siq_vl.data.mixtures import MixtureReport
 from siq_vl.distill.rows import store_state
-from siq_vl.hub import model_card
+from siq_vl.hub import BEFORE_AFTER_FILE, CURVE_FILE, EMERGENCE_FIGURE, SCORES_FILE, model_card
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.curves import curves_of, learning_curve_svg
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
 LOG_FILE = "training_log.jsonl"
-CURVE_FILE = "learning_curve.svg"
 
 # Fields of the trainer's settings that say nothing about the run: a log folder that transformers 4 names after the
 # machine, and what belongs to the Hub account.
@@ -210,7 +209,9 @@ def _write_records(folder: Path, settings: dict, history: list[dict]) -> None:
     if curves := curves_of(history):
         title = f"Training loss of stage {settings['stage']}, recipe {settings['recipe']}"
         (folder / CURVE_FILE).write_text(learning_curve_svg(curves, title), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(settings, has_curve=bool(curves)), encoding="utf-8")
+    emerged = (folder.parent / EMERGENCE_FIGURE).exists()
+    card = model_card(settings, has_curve=bool(curves), has_emergence=emerged)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> None:
@@ -228,7 +229,8 @@ def _save_model(model: PreTrainedModel, processor: SiQVLProcessor, folder: Path)
 
 
 def _move_in_place(scratch: Path, folder: Path) -> None:
-    (folder / "config.json").unlink(missing_ok=True)
+    for stale in ("config.json", BEFORE_AFTER_FILE, SCORES_FILE):  # measured of the weights that go
+        (folder / stale).unlink(missing_ok=True)
     for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):
         target = folder / path.name
         if target.is_dir():
