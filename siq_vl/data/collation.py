@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from siq_vl.data.features import encode
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 IGNORED = -100
@@ -76,19 +77,17 @@ class ConversationCollator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)` and, where there are
-            pictures, `pixel_values` of shape `(n_images, 3, height, width)`.
+            pictures, `pixel_values` of shape `(n_images, 3, height, width)`, or, of rows whose pictures are read from
+            a feature store, `vision_features` of shape `(n_images, rows, columns, vision_hidden_size)`.
 
         Raises:
             ValueError: a row is longer than `max_length`, or its pictures do not fit its placeholders.
         """
         segmented = [self._segments(row) for row in rows]
         images = [image for row in rows for image in row["images"]]
-        encoded = self.processor(
-            images=images or None,
-            text=[text for segments in segmented for text, _ in segments],
-            add_special_tokens=False,
-        )
-        pieces = iter(encoded.pop("input_ids"))
+        texts = [text for segments in segmented for text, _ in segments]
+        encoded, image_inputs = encode(self.processor, images, texts)
+        pieces = iter(encoded)
         ids, labels = [], []
         for segments in segmented:
             row_ids, row_labels = [], []
@@ -104,14 +103,12 @@ class ConversationCollator:
             ids.append(row_ids)
             labels.append(row_labels)
         masks = [[1] * len(row_ids) for row_ids in ids]
-        batch = {
+        return {
             "input_ids": _padded(ids, self.processor.tokenizer.pad_token_id),
             "attention_mask": _padded(masks, 0),
             "labels": _padded(labels, IGNORED),
+            **image_inputs,
         }
-        if images:
-            batch["pixel_values"] = torch.as_tensor(encoded["pixel_values"])
-        return batch
 
     def _segments(self, row: Mapping) -> list[tuple[str, bool]]:
         options = row.get("chat_template_kwargs") or {}

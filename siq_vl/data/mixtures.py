@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from siq_vl.data.conversations import Dropped
+from siq_vl.data.features import Pictures
 from siq_vl.data.figures import rows as figures
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.filters import Duplicates
@@ -202,7 +203,11 @@ class MixedRows:
             for i, (source, size) in enumerate(zip(self.sources, sizes, strict=True))
         ]
         used = self._used(count, shares, kept)
-        plan = [(index, position) for index, rows in enumerate(used) for position in range(rows)]
+        plan = [
+            (index, position if size is None else position % size)
+            for index, (rows, size) in enumerate(zip(used, kept, strict=True))
+            for position in range(rows)
+        ]
         Random(f"{self.config.data_seed_offset}/plan").shuffle(plan)
         columns = {"source": [index for index, _ in plan], "position": [position for _, position in plan]}
         counts = [
@@ -228,8 +233,10 @@ class MixedRows:
         counts = [SourceCount(name, share) for name, share in zip(self.names, shares, strict=True)]
         return Mixture(rows, MixtureReport(counts, self.reader.drops))
 
-    def row(self, index: int, position: int) -> dict:
+    def row(self, index: int, position: int, pictures: Pictures | None = None) -> dict:
         """Return a training row: that at a position of a source, or the next that can be read.
+
+        With `pictures`, those whose features are stored are not opened.
 
         Raises:
             ValueError: none can be read, or too many cannot.
@@ -244,14 +251,14 @@ class MixedRows:
                 continue
             drops.read[source.name] += 1
             try:
-                return self.reader.training_row(source, self.reader.conversation(source, source[number]))
+                return self.reader.training_row(source, self.reader.conversation(source, source[number]), pictures)
             except Dropped as dropped:
                 self.unreadable.add((index, number))
                 drops.add(source.name, number, dropped)
         raise ValueError(f"no row of {source.name} can be read: {drops.reasons.get(source.name)}")
 
-    def _read(self, batch: Mapping) -> dict[str, list]:
-        rows = [self.row(*place) for place in zip(batch["source"], batch["position"], strict=True)]
+    def _read(self, batch: Mapping, pictures: Pictures | None = None) -> dict[str, list]:
+        rows = [self.row(*place, pictures) for place in zip(batch["source"], batch["position"], strict=True)]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def _size(self, index: int) -> int | None:

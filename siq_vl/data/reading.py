@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from siq_vl.data.collation import supervised_segments
 from siq_vl.data.conversations import Conversation, Dropped, check
+from siq_vl.data.features import Picture, Pictures
 from siq_vl.data.filters import Duplicates, filtered
 from siq_vl.data.images import decode_image, find_under
 from siq_vl.data.remote import download_image, is_remote
@@ -129,13 +131,15 @@ class Reader:
         self._check_length(conversation, None)
         return conversation
 
-    def training_row(self, source: Source, conversation: Conversation) -> dict:
+    def training_row(self, source: Source, conversation: Conversation, pictures: Pictures | None = None) -> dict:
         """Return a row for `ConversationCollator`: `images` (opened), `messages`, `source`, `chat_template_kwargs`.
+
+        With `pictures`, those whose features are stored are not opened.
 
         Raises:
             Dropped: a picture cannot be read, or the row is too long.
         """
-        images = [self.image(image, source) for image in conversation.images]
+        images = [self.image(image, source, pictures) for image in conversation.images]
         self._check_length(conversation, [image.size[::-1] for image in images])
         return {
             "images": images,
@@ -144,8 +148,8 @@ class Reader:
             "chat_template_kwargs": dict(conversation.template_options),
         }
 
-    def image(self, image: Any, source: Source) -> Image.Image:
-        """Open a picture.
+    def image(self, image: Any, source: Source, pictures: Pictures | None = None) -> Image.Image | Picture:
+        """Open a picture, or find it among `pictures`.
 
         Raises:
             Dropped: it is missing, damaged, too large to be safe, out of bounds, or remote without leave.
@@ -156,7 +160,8 @@ class Reader:
         name = found.name if isinstance(found, Path) else f"a picture of {source.name}"
         try:
             content = download_image(found) if isinstance(found, str) else found
-            return decode_image(content, name, self.max_image_side)
+            decode = partial(decode_image, content, name, self.max_image_side)
+            return decode() if pictures is None else pictures.encoded(content, self.max_image_side, decode)
         except ValueError as error:
             reason = "image too large" if "too many pixels" in str(error) else "image that cannot be read"
             raise Dropped(reason, str(error), defect=True) from error

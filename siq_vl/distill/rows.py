@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from siq_vl.data.conversations import Conversation, Dropped, message
+from siq_vl.data.features import Pictures
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.figures.rows import reasoned
 from siq_vl.data.mixtures import MixtureReport, SourceCount
@@ -436,12 +437,14 @@ class _Rows:
     def dataset(self) -> Dataset:
         return Dataset.from_dict({"position": range(len(self._plan))}).with_transform(self._read)
 
-    def _read(self, batch: Mapping) -> dict[str, list]:
-        rows = [self._row(position) for position in batch["position"]]
+    def _read(self, batch: Mapping, pictures: Pictures | None = None) -> dict[str, list]:
+        rows = [self._row(position, pictures) for position in batch["position"]]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def _row(self, position: int) -> dict:
+    def _row(self, position: int, pictures: Pictures | None) -> dict:
         """Return the row at a position, or the next whose pictures can be read.
+
+        With `pictures`, those whose features are stored are not opened.
 
         Raises:
             ValueError: none can be read, or too many cannot.
@@ -455,7 +458,7 @@ class _Rows:
                 conversation = teacher.conversation({**self._stored[trace.index].to_pylist()[0], "direct": direct})
                 if self._reader.blind:
                     conversation = conversation.without_images()
-                row = self._reader.training_row(teacher, conversation)
+                row = self._reader.training_row(teacher, conversation, pictures)
             except Dropped as dropped:
                 self._unreadable.add(trace.index)
                 self._reader.drops.add(trace.teacher, trace.index, dropped)

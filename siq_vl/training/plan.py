@@ -17,6 +17,7 @@ from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.sizes import Memory, Sizes, count, memory_table, size_table, training_memory
 from siq_vl.training.backbones import planned_config, stand_in_processor
 from siq_vl.training.checkpoints import samples_a_step
+from siq_vl.training.features import feature_plan
 from siq_vl.training.recipes import (
     RECIPES,
     REPO_ROOT,
@@ -71,6 +72,7 @@ def plan(recipe: Recipe, task: str) -> str:
         "Data": data,
         "Steps": _steps(recipe, mixture),
         "Tokens": tokens,
+        "Vision features": feature_plan(recipe, config, _rows_an_epoch(recipe, mixture), _available(mixture)),
         f"Memory of one device, predicted for {batch} x {length} tokens": memory_table(memory),
     }
     title = f"Plan of stage {recipe.stage}, recipe {recipe.title}"
@@ -177,13 +179,23 @@ def _steps(recipe: Recipe, mixture: Mixture | TrainingTraces | None) -> str:
     if training.max_steps > 0:
         return f"{training.max_steps:,} steps, {training.max_steps * each:,} samples\n{how}"
     epochs = f"{training.num_train_epochs:g} epochs"
-    rows = recipe.data.train_samples
-    if not rows and mixture is not None:
-        counts = mixture.report.sources
-        rows = sum((source.used if recipe.traces else source.available) or 0 for source in counts)
+    rows = _rows_an_epoch(recipe, mixture)
     if not rows:
         return f"{epochs}; the number of steps is known once the data can be read\n{how}"
     return f"at most {-(-rows // each) * training.num_train_epochs:,.0f} steps, {epochs} of {rows:,} rows\n{how}"
+
+
+def _rows_an_epoch(recipe: Recipe, mixture: Mixture | TrainingTraces | None) -> int | None:
+    """Return the rows of an epoch, at most; None where they are not known yet."""
+    return rows_needed(recipe) or _available(mixture)
+
+
+def _available(mixture: Mixture | TrainingTraces | None) -> int | None:
+    """Return the different rows that there are; None where a source has no end, or nobody knows."""
+    if isinstance(mixture, TrainingTraces):
+        return len(mixture.rows)
+    counts = [source.available for source in mixture.report.sources] if mixture else [None]
+    return None if None in counts else sum(counts)
 
 
 def _tokens(

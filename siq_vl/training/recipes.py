@@ -11,6 +11,7 @@ import torch
 import yaml
 from trl import SFTConfig, TrlParser
 
+from siq_vl.data.features_build import FeatureArguments
 from siq_vl.data.mixtures import MixtureConfig
 from siq_vl.data.sources import FIGURES
 from siq_vl.distill.rows import TraceArguments
@@ -153,6 +154,7 @@ class Recipe:
     training: SFTConfig
     run: RunArguments = field(default_factory=RunArguments)
     hub: HubArguments = field(default_factory=HubArguments)
+    features: FeatureArguments = field(default_factory=FeatureArguments)
     traces: TraceArguments | None = None
     config: str = ""
 
@@ -196,7 +198,8 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
     chosen, rest = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
     of_stage = [TraceArguments] if chosen.stage == "3" else []
     parser = TrlParser(
-        [ModelArguments, AdapterArguments, DataArguments, RunArguments, SFTConfig, *of_stage], description=description
+        [ModelArguments, AdapterArguments, DataArguments, RunArguments, FeatureArguments, SFTConfig, *of_stage],
+        description=description,
     )
     if {"-h", "--help"} & set(rest):
         parser.parse_args_and_config(args=["--help"])
@@ -213,7 +216,8 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
         rest = [*rest, "--use_cpu", "true"]  # bf16 on a machine with no accelerator has to be asked for
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             rest = [*rest, "--ddp_backend", "gloo"]
-    model, adapter, data, run, training, *others = parser.parse_args_and_config(args=["--config", str(path), *rest])
+    parsed = parser.parse_args_and_config(args=["--config", str(path), *rest])
+    model, adapter, data, run, features, training, *others = parsed
     traces = others[0] if others else None
     if model.dtype == "bfloat16" and not training.bf16:
         raise ValueError("dtype is bfloat16 and bf16 is false: what trains is float32, so set bf16, or dtype float32")
@@ -225,7 +229,7 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
         _check_validation(training, traces)
     hub = _take_hub_arguments(training)
     config = path.stem.partition("-")[2]
-    return Recipe(chosen.stage, chosen.recipe, model, adapter, data, training, run, hub, traces, config)
+    return Recipe(chosen.stage, chosen.recipe, model, adapter, data, training, run, hub, features, traces, config)
 
 
 def _stage_file(recipe: str, stage: str, config: str) -> Path:

@@ -20,6 +20,7 @@ from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.callbacks import FreeMemoryCallback, SampleCallback
 from siq_vl.training.checkpoints import run_settings, samples_a_step, save_stage
 from siq_vl.training.emergence import EmergenceCallback
+from siq_vl.training.features import rows_with_features
 from siq_vl.training.recipes import REPO_ROOT, Recipe, local_or_hub
 from siq_vl.training.resume import checkpoint_to_resume, discard_incomplete
 from siq_vl.training.stages import freeze_for_stage, log_parameters
@@ -127,6 +128,7 @@ def make_trainer(
     model.config.get_text_config().pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     peft_config = freeze_for_stage(model, recipe.stage, recipe.adapter)
+    rows = rows_with_features(recipe, model, processor, rows)
     collator = ConversationCollator(processor, training.max_length)
     if traces is not None and traces.answer_weight != 1:
         collator = AnswerWeights(collator, processor.tokenizer, traces.answer_weight)

@@ -1,0 +1,368 @@
+"""Computing the features of a data set's pictures once, before training.
+
+The rows are gone through twice: first every picture is named, with none decoded, which gives the size of what is to be
+stored; then those that the store lacks are opened, prepared and sent through the vision tower. With several processes
+each takes its share of both and writes shards of its own.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from tqdm.auto import tqdm
+
+from siq_vl.data.features import Picture, Pictures, with_pictures
+from siq_vl.data.features_store import DTYPES, FeatureStore, FeatureWriter, Layout
+from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
+from siq_vl.processing_siq_vl import SiQVLProcessor
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_SCAN_ROWS, _TILES_AT_ONCE, _SAMPLED_ROWS = 64, 16, 64
+_FREE_BYTES = 2**30  # left on the disk
+_TOWER_FIELDS = (
+    ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
+    + ("image_size", "patch_size", "hidden_act", "layer_norm_eps")
+)  # fmt: skip
+_IMAGE_FIELDS = ("do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+
+
+class FeaturesTooLarge(ValueError):
+    """Features would take more than the budget, or than the disk has."""
+
+
+@dataclass
+class FeatureArguments:
+    """Whether the frozen vision tower's features are computed once and stored, and where."""
+
+    feature_cache: str = field(
+        default="auto",
+        metadata={"help": "Compute the frozen vision tower's features once: 'on', 'off', or 'auto', where it pays."},
+    )
+    feature_cache_dir: str = field(default="outputs/features", metadata={"help": "Folder of the stored features."})
+    feature_cache_gb: float = field(default=20.0, metadata={"help": "The most that folder may take, in GB (10**9)."})
+    feature_cache_dtype: str = field(
+        default="bfloat16", metadata={"help": f"Type of the stored features: {', '.join(DTYPES)}."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.feature_cache not in ("auto", "on", "off"):
+            raise ValueError(f"feature_cache is {self.feature_cache!r}; it must be 'auto', 'on' or 'off'")
+        if self.feature_cache_gb <= 0:
+            raise ValueError(
+                f"feature_cache_gb is {self.feature_cache_gb}; it must be above 0, or set feature_cache off"
+            )
+        if self.feature_cache_dtype not in DTYPES:
+            raise ValueError(
+                f"feature_cache_dtype is {self.feature_cache_dtype!r}; it must be one of {', '.join(DTYPES)}"
+            )
+
+
+def what_features_depend_on(
+    model: SiQVLForConditionalGeneration, processor: SiQVLProcessor, bf16: bool
+) -> dict[str, Any]:
+    """Return all that decides the features of given pictures: the tower's weights and settings, and the preprocessing.
+
+    It is the same on both majors of transformers.
+
+    Args:
+        model: holds the tower.
+        processor: prepares pictures.
+        bf16: the tower computes in bfloat16 under autocast.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(model.model.vision_tower.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    vision, images = model.config.vision_config, processor.image_processor
+    size = processor._tile_size({})
+    gradient = np.indices((97, 61)).sum(0)[..., None] * np.array([1, 2, 3]) % 256
+    prepared = processor(images=[gradient.astype(np.uint8)], return_tensors="np")["pixel_values"]
+    return {
+        "version": _VERSION,
+        "weights": digest.hexdigest(),
+        "tower": {name: getattr(vision, name) for name in _TOWER_FIELDS},
+        "computed in": "bfloat16" if bf16 else str(next(model.model.vision_tower.parameters()).dtype),
+        "images": {name: _plain(getattr(images, name)) for name in _IMAGE_FIELDS},
+        "size": list(size),
+        "max_tiles": processor.max_tiles,
+        "a gradient": hashlib.blake2b(np.ascontiguousarray(prepared, np.float32).tobytes(), digest_size=16).hexdigest(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [float(each) for each in value]
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def store_of(
+    model: SiQVLForConditionalGeneration,
+    processor: SiQVLProcessor,
+    settings: FeatureArguments,
+    bf16: bool,
+    create: bool = True,
+) -> FeatureStore | None:
+    """Return the store of this tower and preprocessing, below `feature_cache_dir`; another tower has another one.
+
+    Without `create`, None where there is none yet.
+    """
+    if not create and not Path(settings.feature_cache_dir).is_dir():
+        return None  # before the weights are hashed
+    patch, size = model.config.vision_config.patch_size, processor._tile_size({})
+    width = model.config.vision_config.hidden_size
+    layout = Layout(size[0] // patch, size[1] // patch, width, settings.feature_cache_dtype)
+    about = what_features_depend_on(model, processor, bf16)
+    name = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
+    folder = Path(settings.feature_cache_dir) / f"{name}-{layout.dtype}"
+    return FeatureStore(folder, layout, about) if create or folder.is_dir() else None
+
+
+def share_stored(rows: Dataset, store: FeatureStore) -> float:
+    """Return the share of the pictures of some of the rows whose features are stored."""
+    keyed = with_pictures(rows, Pictures(store, open_missing=False))
+    step = max(1, len(rows) // _SAMPLED_ROWS)
+    found = [picture.entry is not None for i in range(0, len(rows), step) for picture in keyed[i]["images"]]
+    return sum(found) / max(1, len(found))
+
+
+def cached_rows(
+    rows: Dataset,
+    model: SiQVLForConditionalGeneration,
+    processor: SiQVLProcessor,
+    settings: FeatureArguments,
+    *,
+    bf16: bool = False,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+) -> Dataset:
+    """Return the same rows with their pictures' features, computing those that are not stored.
+
+    Args:
+        rows: rows for `ConversationCollator`.
+        model: its vision tower computes the features; it must not train.
+        processor: prepares the pictures.
+        settings: where features are stored, and how many.
+        bf16: training runs under bfloat16 autocast.
+        device: where the tower computes.
+        workers: loader processes that open pictures.
+
+    Raises:
+        FeaturesTooLarge: the features would take more than `feature_cache_gb`, or than the disk has.
+    """
+    store = store_of(model, processor, settings, bf16)
+    state = PartialState()
+    if state.is_main_process and (freed := store.discard_unfinished()):
+        logger.info("%s of features that an ended run left half-written are discarded", _gb(freed))
+    state.wait_for_everyone()
+    missing, total = _missing(rows, store, workers)
+    logger.info("features of %d of %d pictures are stored in %s", total - len(missing), total, store.folder)
+    if missing:
+        needed = _estimate(rows, missing, store, processor)
+        reasons = gather_object([_refusal(needed, settings)])  # the first process decides for all
+        if reasons[0]:
+            raise FeaturesTooLarge(reasons[0])
+        mine = sorted(set(missing[key] for key in sorted(missing)[state.process_index :: state.num_processes]))
+        with _tower_at_work(model, device):
+            _build(rows, mine, store, model, processor, bf16, workers)
+        state.wait_for_everyone()
+        store.refresh()
+    return with_pictures(rows, Pictures(store))
+
+
+class _Rows(TorchDataset):
+    """Rows by their numbers, each as a list of what `taken` makes of its pictures."""
+
+    def __init__(self, rows: Dataset, numbers: Sequence[int]):
+        self.rows, self.numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> list[tuple[bytes, bool, int]]:
+        number = self.numbers[index]
+        return [(picture.key, picture.entry is not None, number) for picture in self.rows[number]["images"]]
+
+
+class _NewPictures(_Rows):
+    """Pictures that are not stored, prepared for the tower, by the rows that have them."""
+
+    def __init__(self, rows: Dataset, numbers: Sequence[int], processor: SiQVLProcessor):
+        super().__init__(rows, numbers)
+        self.processor = processor
+
+    def __getitem__(self, index: int) -> list[tuple[bytes, tuple[int, int], torch.Tensor]]:
+        pictures: list[Picture] = self.rows[self.numbers[index]]["images"]
+        return [
+            (each.key, each.size[::-1], self.processor(images=[each.image], return_tensors="pt")["pixel_values"])
+            for each in pictures
+            if each.image is not None
+        ]
+
+
+def _flat(items: list[list]) -> list:
+    return [each for item in items for each in item]
+
+
+def _joined(items: list[list]) -> tuple[list[bytes], list[tuple[int, int]], list[int], torch.Tensor]:
+    """Return keys, sizes, numbers of tiles and all tiles, `(n_tiles, 3, height, width)`, of several rows' pictures."""
+    flat = _flat(items)
+    tiles = [pixels for _, _, pixels in flat] or [torch.empty(0)]
+    return [key for key, _, _ in flat], [size for _, size, _ in flat], [len(each) for each in tiles], torch.cat(tiles)
+
+
+def _loader(data: TorchDataset, batch_size: int, workers: int, collate) -> DataLoader:
+    # A generator of its own: training draws the same numbers whether or not features are stored.
+    return DataLoader(
+        data, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def _missing(rows: Dataset, store: FeatureStore, workers: int) -> tuple[dict[bytes, int], int]:
+    """Return the pictures that are not stored, by key, with a row that has each; and how many there are in all."""
+    state = PartialState()
+    named = with_pictures(rows, Pictures(store, open_missing=False))
+    numbers = range(state.process_index, len(rows), state.num_processes)
+    missing: dict[bytes, int] = {}
+    stored: set[bytes] = set()
+    batches = _loader(_Rows(named, numbers), _SCAN_ROWS, workers, _flat)
+    for batch in tqdm(batches, desc="naming pictures", disable=None if state.is_main_process else True):
+        for key, is_stored, number in batch:
+            if is_stored:
+                stored.add(key)
+            else:
+                missing.setdefault(key, number)
+    merged: dict[bytes, int] = {}
+    for part in gather_object([missing]):
+        merged = {**part, **merged}
+    known = set().union(*gather_object([stored]))
+    return merged, len(merged) + len(known)
+
+
+def _estimate(rows: Dataset, missing: Mapping[bytes, int], store: FeatureStore, processor: SiQVLProcessor) -> int:
+    """Return the bytes that the features of pictures will take, and log how they come about."""
+    layout, tiles = store.layout, 1.0
+    if processor.max_tiles > 1:
+        numbers = sorted(set(missing.values()))
+        opened = with_pictures(rows, Pictures(store))
+        sampled = [each for n in numbers[:: max(1, len(numbers) // _SAMPLED_ROWS)] for each in opened[n]["images"]]
+        sizes = [each.size[::-1] for each in sampled if each.image is not None]
+        tiles = float(np.mean(processor._get_num_multimodal_tokens(sizes)["num_image_patches"])) if sizes else 1.0
+    needed = round(len(missing) * tiles * layout.tile_bytes)
+    logger.info(
+        "computing the features of %d pictures x %.2f tiles x %d patches x %d channels in %s: %s",
+        len(missing), tiles, layout.rows * layout.columns, layout.width, layout.dtype, _gb(needed),
+    )  # fmt: skip
+    return needed
+
+
+def _refusal(needed: int, settings: FeatureArguments) -> str | None:
+    """Return why so many bytes may not be written; None where they may."""
+    folder = Path(settings.feature_cache_dir)
+    used = sum(path.stat().st_size for path in folder.rglob("*.features"))
+    budget = settings.feature_cache_gb * 1e9
+    if used + needed > budget:
+        return (
+            f"the features take {_gb(needed)}, beside {_gb(used)} in {folder}, more than feature_cache_gb="
+            f"{settings.feature_cache_gb:g}: raise it, remove stores that are no longer needed, choose "
+            "feature_cache_dtype int8, or set feature_cache off"
+        )
+    free = shutil.disk_usage(folder).free
+    if needed + _FREE_BYTES > free:
+        return (
+            f"the features take {_gb(needed)}, but the disk of {folder} has {_gb(free)} free, of which {_gb(_FREE_BYTES)} are "
+            "left alone: free some space, choose another feature_cache_dir, or set feature_cache off"
+        )
+    return None
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.3g} GB"
+
+
+@contextmanager
+def _tower_at_work(model: SiQVLForConditionalGeneration, device: torch.device | str) -> Iterator[None]:
+    """Put the vision side on a device and in evaluation mode, and back."""
+    parts = (model.model.vision_tower, model.model.projector)
+    before = [(part, part.training, next(part.parameters()).device) for part in parts]
+    for part in parts:
+        part.eval().to(device)
+    try:
+        yield
+    finally:
+        for part, training, place in before:
+            part.train(training).to(place)
+
+
+@torch.no_grad()
+def _build(
+    rows: Dataset,
+    numbers: Sequence[int],
+    store: FeatureStore,
+    model: SiQVLForConditionalGeneration,
+    processor: SiQVLProcessor,
+    bf16: bool,
+    workers: int,
+) -> None:
+    """Compute and store the features of the pictures of some rows, as far as they are not stored."""
+    opened = with_pictures(rows, Pictures(store))
+    batches = _loader(_NewPictures(opened, numbers, processor), _TILES_AT_ONCE, workers, _joined)
+    device = next(model.model.vision_tower.parameters()).device
+    errors, written = _Errors(), set()
+    progress = tqdm(
+        total=len(numbers), desc="computing features", disable=None if PartialState().is_main_process else True
+    )
+    with progress, FeatureWriter(store.folder, store.layout) as writer:
+        for keys, sizes, counts, pixels in batches:
+            if keys:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    features = [
+                        model.get_image_features(part.to(device), return_dict=True).last_hidden_state
+                        for part in pixels.split(_TILES_AT_ONCE)
+                    ]
+                features = torch.cat(features)
+                packed = store.layout.pack(features)
+                errors.add(features, store.layout.unpack(torch.from_numpy(packed)))
+                for key, size, part in zip(keys, sizes, np.split(packed, np.cumsum(counts)[:-1]), strict=True):
+                    if key not in written:
+                        writer.add(key, size, part)
+                        written.add(key)
+            progress.update(min(_TILES_AT_ONCE, len(numbers) - progress.n))
+    logger.info("%d pictures, %s; %s", len(written), _gb(writer.written), errors.text(store.layout.dtype))
+
+
+class _Errors:
+    """The error that storing features in fewer bits makes, relative to the length of a patch's features."""
+
+    def __init__(self):
+        self.largest, self.sum, self.count = 0.0, 0.0, 0
+
+    def add(self, features: torch.Tensor, stored: torch.Tensor) -> None:
+        """Compare features of shape `(n_tiles, n_patches, width)` with what is read back of them."""
+        features = features.float().cpu().flatten(0, 1)
+        error = (stored.float().reshape(features.shape) - features).norm(dim=-1)
+        relative = error / features.norm(dim=-1).clamp(min=1e-12)
+        self.largest = max(self.largest, relative.max().item())
+        self.sum += relative.sum().item()
+        self.count += relative.numel()
+
+    def text(self, dtype: str) -> str:
+        """Return the errors in words."""
+        mean = self.sum / max(1, self.count)
+        return (
+            f"stored in {dtype} they differ by {mean:.2e} on average, {self.largest:.2e} at most, of a patch's length"
+        )
