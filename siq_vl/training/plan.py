@@ -1,7 +1,7 @@
 """The plan of a run: what `--dry_run` prints, with no weight loaded and no step taken."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,7 @@ import yaml
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.data.collation import IGNORED, ConversationCollator
 from siq_vl.data.mixtures import Mixture, build_mixture
+from siq_vl.data.packing import fill, padding_share
 from siq_vl.data.sources import FIGURES
 from siq_vl.distill.rows import TrainingTraces
 from siq_vl.processing_siq_vl import SiQVLProcessor
@@ -38,13 +39,23 @@ _ASSUMED_LENGTH = 1024  # where no row can be read
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of some rows: the longest row, and means a row."""
+    """Tokens of some rows: the length of each, and means a row."""
 
-    rows: int
-    longest: int
-    mean: float
+    lengths: Sequence[int]
     image: float
     supervised: float
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.lengths) / len(self.lengths)
 
 
 def plan(recipe: Recipe, task: str) -> str:
@@ -65,6 +76,8 @@ def plan(recipe: Recipe, task: str) -> str:
     counted, tokens = _tokens(recipe, config, mixture)
     length = counted.longest if counted else _ASSUMED_LENGTH
     batch = recipe.training.per_device_train_batch_size
+    if recipe.run.batching == "packed":
+        batch, length = 1, max(length, min(recipe.run.pack_tokens, batch * length))
     memory = predicted_memory(recipe, config, sizes, batch, length)
     sections = {
         "Model": f"{source}\n{config.image_seq_length} tokens an image{_random_note(recipe)}",
@@ -213,8 +226,20 @@ def _tokens(
     total = f"; about {counted.mean * steps * samples_a_step(recipe):,.0f} in all" if steps > 0 else ""
     return counted, (
         f"{counted.mean:.1f} a row, {counted.image:.1f} of them of images, {counted.supervised:.1f} supervised; the "
-        f"longest row has {counted.longest} ({counted.rows} rows counted){total}"
+        f"longest row has {counted.longest} ({counted.rows} rows counted){total}\n{_batching(recipe, counted.lengths)}"
     )
+
+
+def _batching(recipe: Recipe, lengths: Sequence[int]) -> str:
+    """Say how much of the passes of such rows would be padding, and how full packed rows would be."""
+    run, at_once = recipe.run, recipe.training.train_batch_size
+    text = f"batches of {at_once}, padded, are {padding_share(lengths, at_once):.1%} padding"
+    if run.batching == "length_grouped":
+        return f"{text}; grouped by length, {padding_share(sorted(lengths), at_once):.1%}"
+    if run.batching == "packed":
+        packed = f"packed rows of {run.pack_tokens} tokens are {fill(lengths, run.pack_tokens, at_once):.1%} full"
+        return f"{text}; {packed} and hold no padding"
+    return text
 
 
 def _line(error: Exception) -> str:
@@ -250,9 +275,7 @@ def count_tokens(processor: SiQVLProcessor, rows: Iterable[Mapping]) -> TokenCou
         image.append(int((batch["input_ids"] == processor.image_token_id).sum()))
         supervised.append(int((batch["labels"] != IGNORED).sum()))
     return TokenCounts(
-        rows=len(whole),
-        longest=max(whole),
-        mean=sum(whole) / len(whole),
+        lengths=whole,
         image=sum(image) / len(whole),
         supervised=sum(supervised) / len(whole),
     )

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 REPO_ROOT = Path(__file__).resolve().parents[2]
 RECIPES = REPO_ROOT / "recipes"
 STAGES = ("1", "2", "3")
+BATCHING = ("padded", "length_grouped", "packed")
 
 
 @dataclass
@@ -104,6 +105,23 @@ class RunArguments:
             "per_device_train_batch_size is the most that one device takes at once. 0: as the two say."
         },
     )
+    batching: str = field(
+        default="padded",
+        metadata={
+            "help": "'padded'; 'length_grouped': batches of rows of like length, padded; 'packed': rows packed together, "
+            "with no padding. The samples of a step are the same in the first and the last."
+        },
+    )
+    pack_tokens: int = field(
+        default=2048, metadata={"help": "Packed: the most tokens of a packed row, which is one forward pass."}
+    )
+    pack_buffer: int = field(
+        default=32,
+        metadata={
+            "help": "Packed: how many samples of a step a device reads at once, to be packed together. Takes the place "
+            "of per_device_train_batch_size."
+        },
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop before any training."})
     free_memory_steps: int = field(
         default=0, metadata={"help": "Collect garbage and empty the accelerator's cache every so many steps."}
@@ -123,7 +141,9 @@ class RunArguments:
         for name in ("effective_batch_size", "free_memory_steps", "sample_steps", "emergence_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("sample_count", "sample_tokens", "emergence_count"):
+        if self.batching not in BATCHING:
+            raise ValueError(f"batching is {self.batching!r}; it must be one of {', '.join(BATCHING)}")
+        for name in ("sample_count", "sample_tokens", "emergence_count", "pack_tokens", "pack_buffer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
@@ -222,11 +242,17 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
     if model.dtype == "bfloat16" and not training.bf16:
         raise ValueError("dtype is bfloat16 and bf16 is false: what trains is float32, so set bf16, or dtype float32")
     keep_effective_batch(training, run.effective_batch_size)
+    arrange_batches(training, run)
     _check_checkpoints(training)
     if traces is not None:
         if [source.path for source in data.sources] != [FIGURES]:
             raise ValueError("stage 3 learns from traces, not from sources: set traces and teachers instead")
         _check_validation(training, traces)
+        if traces.curriculum != "none" and run.batching == "length_grouped":
+            raise ValueError(
+                f"curriculum is {traces.curriculum!r} and batching is length_grouped, and each orders the rows: drop one of "
+                "the two"
+            )
     hub = _take_hub_arguments(training)
     config = path.stem.partition("-")[2]
     return Recipe(chosen.stage, chosen.recipe, model, adapter, data, training, run, hub, features, traces, config)
@@ -273,6 +299,28 @@ def keep_effective_batch(training: SFTConfig, wanted: int) -> None:
             f"makes {training.gradient_accumulation_steps}: pass only one of the two (--effective_batch_size 0 turns "
             "the other off)"
         )
+
+
+def arrange_batches(training: SFTConfig, run: RunArguments) -> None:
+    """Let a device read as many samples of a step at once as are packed together; a step takes as many as before.
+
+    Raises:
+        ValueError: TRL's own packing or transformers' grouping is asked for.
+    """
+    for name in ("packing", "padding_free"):
+        if getattr(training, name):
+            raise ValueError(
+                f"{name} is true, but TRL packs text alone: use batching: packed, which packs pictures too"
+            )
+    grouped = getattr(training, "group_by_length", False)  # transformers 4; then 5
+    if grouped or getattr(training, "train_sampling_strategy", None) == "group_by_length":
+        raise ValueError(
+            "group_by_length needs a column of lengths, which rows here lack: use batching: length_grouped"
+        )
+    if run.batching == "packed":
+        share = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        at_once = max(size for size in range(1, min(share, run.pack_buffer) + 1) if share % size == 0)
+        training.per_device_train_batch_size, training.gradient_accumulation_steps = at_once, share // at_once
 
 
 def _check_checkpoints(training: SFTConfig) -> None:

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.data.mixtures import Mixture, MixtureReport, build_mixture
+from siq_vl.data.packing import row_lengths
 from siq_vl.data.sources import FIGURES
 from siq_vl.distill.rows import TrainingTraces, training_traces
 from siq_vl.hub import push_stage
@@ -129,19 +130,23 @@ def make_trainer(
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     peft_config = freeze_for_stage(model, recipe.stage, recipe.adapter)
     rows = rows_with_features(recipe, model, processor, rows)
-    collator = ConversationCollator(processor, training.max_length)
+    collate, lengths = ConversationCollator(processor, training.max_length), None
+    if recipe.run.batching == "length_grouped":
+        lengths = row_lengths(rows, collate, training.dataloader_num_workers)
     if traces is not None and traces.answer_weight != 1:
-        collator = AnswerWeights(collator, processor.tokenizer, traces.answer_weight)
+        collate = AnswerWeights(collate, processor.tokenizer, traces.answer_weight)
     trainer = SiQVLTrainer(
         model=model,
         args=training,
         train_dataset=rows,
         eval_dataset=validation,
-        data_collator=collator,
+        data_collator=collate,
         processing_class=processor,
         peft_config=peft_config,
         run_settings=run_settings(recipe),
         in_order=traces is not None and traces.curriculum != "none",
+        pack_tokens=recipe.run.pack_tokens if recipe.run.batching == "packed" else 0,
+        lengths=lengths,
     )
     _check_engine(trainer, recipe)
     _add_callbacks(trainer, recipe, processor, held_out)

@@ -1,7 +1,8 @@
 """TRL's SFT trainer with the loss of each data source, and checkpoints that are known to be whole."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,19 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from siq_vl.data.collation import IGNORED
+from siq_vl.data.packing import (
+    SDPA_BY_SAMPLE,
+    LengthGroupedSampler,
+    PackedRows,
+    PackingCollator,
+    attend_by_sample,
+    check_attention,
+)
 from siq_vl.training.resume import last_complete_checkpoint, mark_complete
 
 
@@ -82,12 +92,25 @@ class SiQVLTrainer(SFTTrainer):
     Args:
         run_settings: what must be the same for a run to go on from a checkpoint; kept in each.
         in_order: train on the rows in their order instead of shuffling them.
+        pack_tokens: most tokens of a packed training row; 0 pads. See `siq_vl.data.packing`.
+        lengths: tokens of each training row, to batch rows of like length.
         kwargs: as for `SFTTrainer`.
     """
 
-    def __init__(self, *args, run_settings: dict[str, Any] | None = None, in_order: bool = False, **kwargs):
+    def __init__(
+        self,
+        *args,
+        run_settings: dict[str, Any] | None = None,
+        in_order: bool = False,
+        pack_tokens: int = 0,
+        lengths: Sequence[int] | None = None,
+        **kwargs,
+    ):
         self.in_order = in_order
         super().__init__(*args, **kwargs)
+        self.pack_tokens, self.lengths = pack_tokens, lengths
+        if pack_tokens:
+            self._check_packing()
         self.run_settings = run_settings or {}
         self.data_collator = SourceCollator(self.data_collator)
         # TRL turns what trains on an NF4 base to bfloat16, which rounds small steps away.
@@ -99,11 +122,6 @@ class SiQVLTrainer(SFTTrainer):
         self._weights: torch.Tensor | None = None
         self.model.register_forward_hook(self._keep_losses)
 
-    def _get_train_sampler(self, train_dataset=None):
-        if self.in_order:
-            return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
-        return super()._get_train_sampler(train_dataset)
-
     def _keep_losses(self, module: nn.Module, inputs: tuple, outputs: Any) -> None:
         """Keep the per-token losses and their mask, `(batch_size, sequence_length - 1)`, of the fused output layer."""
         if module.training and "log_probs" in outputs and outputs.log_probs is not None:
@@ -114,13 +132,70 @@ class SiQVLTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         sources = inputs.pop("source", None)
         self._weights = inputs.pop("loss_weights", None)
+        positions = inputs.get("position_ids")
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if sources is not None and self._losses is not None:
-            losses, mask = (part.sum(dim=1, dtype=torch.float64).cpu() for part in self._losses)
+            losses, mask = (_sums_by_sample(part, positions) for part in self._losses)
             for name, summed, count in zip(sources, losses, mask, strict=True):
                 self._source_sums[name] += torch.stack((summed, count))
         self._losses = self._weights = None
         return loss
+
+    def _check_packing(self) -> None:
+        check_attention(self.model.language_model.config._attn_implementation)
+        if self.is_deepspeed_enabled:
+            raise ValueError("batching is packed, but DeepSpeed counts forward passes itself: use DDP, FSDP or padded")
+        if self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor averages over a row, which packing changes: use batching: padded")
+
+    def get_train_dataloader(self) -> DataLoader:
+        padded = self.data_collator
+        if self.pack_tokens:
+            attention = SDPA_BY_SAMPLE if self._by_sample else self.model.language_model.config._attn_implementation
+            placeholder = self.model.config.image_token_id
+            self.data_collator = PackingCollator(padded, self.pack_tokens, placeholder, attention)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padded  # evaluation pads
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        if self.in_order:
+            return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        processes, accumulated = self.args.world_size, self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(self.lengths, self._train_batch_size * processes * accumulated, self.args.seed)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Take a batch as TRL does, or the packed rows of one, row by row; return its loss."""
+        if not isinstance(inputs, PackedRows):
+            return super().training_step(model, inputs, num_items_in_batch)
+        rows = self._as_many_everywhere(inputs.rows)
+        losses = []
+        with attend_by_sample(self.model.language_model.config) if self._by_sample else nullcontext():
+            for row in rows:
+                with nullcontext() if len(losses) == len(rows) - 1 else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, row, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    @property
+    def _by_sample(self) -> bool:
+        """Whether packed rows attend sample by sample; compiled, each new row would be compiled anew."""
+        return self.model.language_model.config._attn_implementation == "sdpa" and not self.args.torch_compile
+
+    def _as_many_everywhere(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return as many rows as the process that has most: one is repeated with nothing to learn from it.
+
+        The processes meet in each forward pass.
+        """
+        if self.accelerator.num_processes == 1:
+            return rows
+        most = int(self.accelerator.gather(torch.tensor([len(rows)], device=self.accelerator.device)).max())
+        shortest = min(rows, key=lambda row: row["input_ids"].numel())
+        repeated = {name: value for name, value in shortest.items() if name != "source"}
+        repeated["labels"] = torch.full_like(repeated["labels"], IGNORED)
+        return [*(dict(repeated) for _ in range(most - len(rows))), *rows]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -150,3 +225,17 @@ class SiQVLTrainer(SFTTrainer):
                 f"the checkpoint of step {step} could not be written ({error}); the last complete one is "
                 f"{last or 'none'}: free some disk space and run the same command again"
             ) from error
+
+
+def _sums_by_sample(parts: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """Return the sum of each sample's entries, of shape `(n_samples,)`.
+
+    Args:
+        parts: of shape `(batch_size, sequence_length - 1)`, one sample a row, or several in a packed one.
+        positions: of shape `(1, sequence_length)`, restarting with each sample, where they are packed.
+    """
+    if positions is None:
+        return parts.sum(dim=1, dtype=torch.float64).cpu()
+    sample = (positions[0] == 0).cumsum(0)[1:] - 1
+    sums = torch.zeros(int((positions == 0).sum()), dtype=torch.float64)
+    return sums.index_add(0, sample.cpu(), parts[0].double().cpu())
