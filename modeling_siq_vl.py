@@ -17,11 +17,11 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     ProcessorMixin,
     SiglipVisionModel,
-    SuppressTokensLogitsProcessor,
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -680,7 +680,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         processors = super()._get_logits_processor(
             generation_config, input_ids_seq_length, *args, device=device, **kwargs
         )
-        processors.insert(0, SuppressTokensLogitsProcessor([self.config.image_token_id], device=device))
+        processors.insert(0, _SuppressPlaceholder(self.config.image_token_id))
         budgets = [found for found in processors if isinstance(found, ThinkingBudgetLogitsProcessor)]
         for budget in budgets:
             budget.start(input_ids_seq_length, generation_config.max_length, generation_config.eos_token_id)
@@ -744,6 +744,19 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         if vision_features is not None:
             model_kwargs["vision_features"] = vision_features
         return input_ids, model_kwargs
+
+
+class _SuppressPlaceholder(LogitsProcessor):
+    """Forbids one token; unlike transformers' own processor for several, it does not look at the whole vocabulary."""
+
+    def __init__(self, token_id: int):
+        self.token_id = token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Takes and returns scores of shape `(batch_size, vocab_size)`."""
+        scores = scores.clone()
+        scores[..., self.token_id] = -float("inf")
+        return scores
 
 
 def _is_false(condition: torch.Tensor, message: str) -> bool:

@@ -6,8 +6,9 @@ Parameters and training memory of a model, from configurations alone: nothing is
     python -m siq_vl.sizes --recipe tiny --stage 1 --length 256
 
 `--recipe` takes backbones, rank, batch size, precision and checkpointing from one stage of a recipe; every option given
-beside it wins. The memory is that of one device: it leaves out the transient tensors of the operation at hand, attention
-masks and what the framework itself takes, and nothing is shared out over devices.
+beside it wins. The memory is the peak of one device's tensors, with pixels and a frozen tower: it leaves out what the
+framework itself takes (a CUDA context, fragmentation), and nothing is shared out over devices. `benchmarks/memory.py`
+holds it against what is measured.
 """
 
 import argparse
@@ -39,6 +40,8 @@ BACKBONES = {
     },
 }
 MIB = 2**20
+_TILE = (4096, 32_768)  # tokens and vocabulary entries that TRL's output layer works on at once
+_NF4_BLOCK, _NF4_NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share one
 
 
 @dataclass
@@ -71,13 +74,21 @@ class Sizes:
 
 @dataclass
 class Memory:
-    """Bytes that training keeps, part by part."""
+    """Bytes that training holds at its peak, part by part.
+
+    Args:
+        weights: of the model, and the untrained twins that PEFT keeps of what trains whole.
+        gradients: of what trains; there in every forward pass but the first of an accumulated step.
+        optimizer: AdamW's moments.
+        activations: kept for the backward pass.
+        transient: what comes and goes, at its largest; see `transient_memory`.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    transient: int
 
     @property
     def total(self) -> int:
@@ -132,14 +143,23 @@ def count(config: SiQVLConfig, stage: str, adapter: AdapterArguments) -> Sizes:
 
 
 def training_memory(
-    config: SiQVLConfig, sizes: Sizes, batch_size: int, length: int, *, bf16: bool = True, checkpointing: bool = True
+    config: SiQVLConfig,
+    sizes: Sizes,
+    batch_size: int,
+    length: int,
+    *,
+    bf16: bool = True,
+    checkpointing: bool = True,
+    supervised: int | None = None,
+    bf16_weights: bool = False,
+    nf4: bool = False,
+    nested: bool = True,
+    device: str = "cuda",
 ) -> Memory:
-    """Estimate what one device keeps while it trains, in bytes.
+    """Estimate what one device holds at most while it trains with a frozen tower, in bytes.
 
-    Weights are float32, as the stages load them (4 bytes a parameter), and PEFT keeps a second, untrained projector beside
-    LoRA; trained weights have a gradient (4) and AdamW's two moments (8). Activations are those kept for the backward pass, see `layer_activations`. With checkpointing each layer
-    keeps its float32 input, and one layer at a time has all the rest. The logits are there in the model's precision, as
-    log-probabilities and as their gradient (12 bytes for each token and vocabulary entry).
+    Trained weights are float32 and have a gradient (4 bytes) and AdamW's two moments (8). Activations are those kept for
+    the backward pass, see `layer_activations`. With checkpointing each layer keeps its input alone.
 
     Args:
         config: configuration of the model.
@@ -148,6 +168,11 @@ def training_memory(
         length: tokens of a sample, image tokens included.
         bf16: bfloat16 autocast, as in the recipes, or float32 throughout.
         checkpointing: gradient checkpointing.
+        supervised: tokens of the batch that have a label; all that are not of images where it is not known.
+        bf16_weights: frozen weights in bfloat16 (`dtype: bfloat16`), or in float32.
+        nf4: the language model's linear layers in NF4 (`load_in_4bit`).
+        nested: their scales quantized, too (`use_bnb_nested_quant`).
+        device: "cuda", or "cpu", where the output layer works in several float32 copies.
 
     Raises:
         ValueError: batch size or length below 1.
@@ -155,21 +180,83 @@ def training_memory(
     if batch_size < 1 or length < 1:
         raise ValueError(f"batch size is {batch_size} and length {length}; both must be at least 1")
     text, tokens = config.text_config, batch_size * length
-    n_layers = text.num_hidden_layers
-    adapted = sizes.lora > 0
-    layer = tokens * layer_activations(text, bf16, adapted) + (layer_casts(text) if bf16 else 0)
-    layer_input = tokens * 4 * text.hidden_size
-    activations = n_layers * layer_input + layer if checkpointing else n_layers * layer
+    if supervised is None:
+        supervised = batch_size * max(1, length - config.image_seq_length)
+    adapted, stream = sizes.lora > 0, 2 if bf16_weights else 4
+    casts = layer_casts(text) if bf16 and not bf16_weights and not nf4 else 0
+    layer = tokens * layer_activations(text, bf16, adapted) + casts
+    layer_input = tokens * stream * text.hidden_size
     width = config.vision_config.hidden_size * config.pixel_shuffle_factor**2
     images = batch_size * config.image_seq_length * width * (2 if bf16 else 4)  # what the projector reads
-    head = text.vocab_size * text.hidden_size * 2 if bf16 else 0
+    # The last layer's output, which the final norm reads in float32, and embeddings with the images in their places.
+    kept = images + tokens * (4 * text.hidden_size + (stream if checkpointing else 0) * text.hidden_size)
+    kept += text.num_hidden_layers * (layer_input if checkpointing else layer)
+    passing = transient_memory(
+        config, batch_size, tokens, supervised, bf16=bf16, bf16_weights=bf16_weights, nf4=nf4, device=device
+    )
+    recomputed = layer if checkpointing else 0
+    peak = max(kept + max(passing["output layer"], recomputed + passing["layer"]), passing["vision tower"])
     return Memory(
-        weights=4 * (sizes.total - sizes.pooling_head + (sizes.projector if adapted else 0)),
+        weights=_weight_bytes(config, sizes, 2 if bf16_weights else 4, nf4, nested),
         gradients=4 * sizes.trainable,
         optimizer=8 * sizes.trainable,
-        activations=activations + images + head + layer_input,  # the last: input of the final norm
-        logits=12 * tokens * text.vocab_size,
+        activations=kept,
+        transient=peak - kept,
     )
+
+
+def transient_memory(
+    config: SiQVLConfig,
+    batch_size: int,
+    tokens: int,
+    supervised: int,
+    *,
+    bf16: bool,
+    bf16_weights: bool,
+    nf4: bool,
+    device: str,
+) -> dict[str, int]:
+    """Bytes of what comes and goes in a step, beside the activations that are kept; never all of it at once.
+
+    Args:
+        config: configuration of the model.
+        batch_size: samples on the device at once.
+        tokens: tokens of the batch.
+        supervised: tokens that have a label.
+        bf16: bfloat16 autocast.
+        bf16_weights: frozen weights in bfloat16.
+        nf4: the language model's linear layers in NF4.
+        device: see `training_memory`.
+
+    Returns:
+        `output layer`: one tile of the logits of supervised tokens, TRL's 4096 x 32,768 at most, and the gradient of the
+        hidden states. `layer`: one decoder layer's backward pass. `vision tower`: one layer's forward pass.
+    """
+    text, vision, size = config.text_config, config.vision_config, 2 if bf16 else 4
+    inner, hidden = text.intermediate_size, text.hidden_size
+    cast = size if bf16 and not bf16_weights else 0  # copies of frozen float32 weights
+    tile = min(supervised, _TILE[0]) * min(text.vocab_size, _TILE[1])
+    copies = size + 8 * 4 if device == "cpu" else size
+    head = tile * copies + supervised * hidden * (4 + size) + min(text.vocab_size, _TILE[1]) * hidden * cast
+    if bf16:  # the tile's gradient product is taken in float32 on a CPU
+        head += tile * 4 + min(text.vocab_size, _TILE[1]) * hidden * 4 if device == "cpu" else 0
+    backward = tokens * (3 * inner * size + 2 * hidden * 4) + (inner * hidden * size if nf4 else 0)
+    patches = batch_size * (vision.image_size // vision.patch_size) ** 2
+    stream = 2 if bf16_weights else 4
+    tower = patches * (2 * vision.hidden_size * stream + 2 * vision.intermediate_size * size)
+    tower += vision.hidden_size * vision.intermediate_size * cast
+    return {"output layer": head, "layer": backward, "vision tower": tower}
+
+
+def _weight_bytes(config: SiQVLConfig, sizes: Sizes, whole: int, nf4: bool, nested: bool) -> int:
+    """Bytes of the weights; `whole` is that of a frozen weight that is not in NF4."""
+    text = config.text_config
+    adapted = sizes.lora > 0
+    frozen = sizes.vision_tower + sizes.language_model
+    linear = text.num_hidden_layers * _linear_weights(text) if nf4 else 0
+    scales = 1 / _NF4_BLOCK + 4 / (_NF4_BLOCK * _NF4_NESTED_BLOCK) if nested else 4 / _NF4_BLOCK
+    trained = sizes.lora + sizes.projector * (2 if adapted else 1)
+    return round((frozen - linear) * whole + linear * (0.5 + scales) + 4 * trained)
 
 
 def layer_activations(text: PretrainedConfig, bf16: bool, adapted: bool) -> int:
@@ -191,9 +278,14 @@ def layer_activations(text: PretrainedConfig, bf16: bool, adapted: bool) -> int:
 
 def layer_casts(text: PretrainedConfig) -> int:
     """Bytes of the bfloat16 copies of one layer's linear weights, which autocast keeps for the backward pass."""
+    return 2 * _linear_weights(text)
+
+
+def _linear_weights(text: PretrainedConfig) -> int:
+    """Weights of the seven linear layers of one decoder layer, without biases."""
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     attention = 2 * text.num_attention_heads * head_dim + 2 * text.num_key_value_heads * head_dim
-    return 2 * text.hidden_size * (attention + 3 * text.intermediate_size)
+    return text.hidden_size * (attention + 3 * text.intermediate_size)
 
 
 def size_table(sizes: Sizes, lora_r: int) -> str:
@@ -233,6 +325,13 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora_r", type=int)
     parser.add_argument("--batch_size", type=int, help="samples on a device at once")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sample, image tokens included")
+    parser.add_argument(
+        "--supervised", type=int, help="tokens of a sample that have a label; by default all of its text"
+    )
+    parser.add_argument(
+        "--load_in_4bit", action=argparse.BooleanOptionalAction, help="QLoRA: the language model in NF4"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction)
     parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction)
     options = parser.parse_args(argv)
@@ -256,8 +355,9 @@ def _recipe_defaults(recipe: str | None, stage: str) -> dict:
             "bf16": settings.bf16,
             "gradient_checkpointing": settings.gradient_checkpointing,
         }
-    names = ("vision_tower", "language_model", "projector_type", "pixel_shuffle_factor")
-    return {name: getattr(model, name) for name in names} | {"lora_r": adapter.lora_r} | training
+    names = ("vision_tower", "language_model", "projector_type", "pixel_shuffle_factor", "dtype")
+    adapted = {"lora_r": adapter.lora_r, "load_in_4bit": adapter.load_in_4bit}
+    return {name: getattr(model, name) for name in names} | adapted | training
 
 
 def _numel(module: torch.nn.Module) -> int:
@@ -281,6 +381,9 @@ def main() -> None:
         options.length,
         bf16=options.bf16,
         checkpointing=options.gradient_checkpointing,
+        supervised=options.supervised and options.batch_size * options.supervised,
+        bf16_weights=options.dtype == "bfloat16",
+        nf4=options.load_in_4bit and options.stage != "1",
     )
     name = f"recipe {options.recipe}" if options.recipe else model.language_model or LANGUAGE_MODEL
     print(f"\n{name}, stage {options.stage}\n\n{size_table(sizes, options.lora_r)}")

@@ -128,7 +128,7 @@ def test_optimizer_gradients_and_weights(make_config):
     assert memory.optimizer == moments
     assert memory.gradients == sum(weight.grad.nbytes for weight in model.parameters() if weight.grad is not None)
     assert memory.weights == sum(weight.nbytes for weight in model.parameters())
-    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.logits
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.transient
 
 
 @pytest.mark.parametrize(("batch_size", "length"), [(0, 8), (1, 0)])

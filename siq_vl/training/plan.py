@@ -92,22 +92,33 @@ def plan(recipe: Recipe, task: str) -> str:
     return "\n\n".join([title, *(f"{heading}\n\n{text}" for heading, text in sections.items())])
 
 
-def predicted_memory(recipe: Recipe, config: SiQVLConfig, sizes: Sizes, batch_size: int, length: int) -> Memory:
-    """Return the estimate of `siq_vl.sizes`, with the frozen weights in the type that the recipe holds them in."""
+def predicted_memory(
+    recipe: Recipe, config: SiQVLConfig, sizes: Sizes, batch_size: int, length: int, supervised: int | None = None
+) -> Memory:
+    """Return the estimate of `siq_vl.sizes`, with the frozen weights in the type that the recipe holds them in.
+
+    Args:
+        recipe: what would be run.
+        config: of its model.
+        sizes: of its model.
+        batch_size: samples on the device at once.
+        length: tokens of a sample, image tokens included.
+        supervised: tokens of the batch that have a label.
+    """
     training = recipe.training
-    memory = training_memory(
-        config, sizes, batch_size, length, bf16=training.bf16, checkpointing=training.gradient_checkpointing
+    return training_memory(
+        config,
+        sizes,
+        batch_size,
+        length,
+        bf16=training.bf16,
+        checkpointing=training.gradient_checkpointing,
+        supervised=supervised,
+        bf16_weights=recipe.model.dtype == "bfloat16",
+        nf4=recipe.adapter.load_in_4bit and recipe.stage != "1",
+        nested=recipe.adapter.use_bnb_nested_quant,
+        device="cpu" if training.use_cpu else "cuda",
     )
-    saved = 0.0
-    if recipe.model.dtype == "bfloat16":
-        saved += 2 * (sizes.vision_tower + sizes.language_model)
-    if recipe.adapter.load_in_4bit and recipe.stage != "1":
-        text = config.text_config
-        embeddings = text.vocab_size * text.hidden_size * (1 if config.tie_word_embeddings else 2)
-        whole = 2 if recipe.model.dtype == "bfloat16" else 4
-        scales = 0.127 / 8 if recipe.adapter.use_bnb_nested_quant else 0.5 / 8  # bytes a weight, blocks of 64
-        saved += (sizes.language_model - embeddings) * (whole - 0.5 - scales)
-    return replace(memory, weights=round(memory.weights - saved))
 
 
 def _random_note(recipe: Recipe) -> str:

@@ -8,13 +8,12 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
+from siq_vl.loading import KEPT_WHOLE
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.training.recipes import AdapterArguments
 
 logger = logging.getLogger(__name__)
 
-# Full names: transformers 5 silently ignores the last part alone.
-KEPT_WHOLE = ("model.projector", "model.vision_tower", "lm_head")
 _BLOCK = 64  # weights that share one scale
 
 

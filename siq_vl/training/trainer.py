@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
@@ -24,6 +25,7 @@ from siq_vl.data.packing import (
     check_attention,
 )
 from siq_vl.training.resume import last_complete_checkpoint, mark_complete
+from siq_vl.training.supervised import score_supervised_only
 
 
 class SourceCollator:
@@ -108,6 +110,7 @@ class SiQVLTrainer(SFTTrainer):
     ):
         self.in_order = in_order
         super().__init__(*args, **kwargs)
+        score_supervised_only(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         self.pack_tokens, self.lengths = pack_tokens, lengths
         if pack_tokens:
             self._check_packing()

@@ -1,0 +1,221 @@
+"""What the benchmarks share: models in which matrix products dominate, rows, interleaved timing, tables of ratios."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers.utils import logging as transformers_logging
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO_ROOT))
+
+from siq_vl.configuration_siq_vl import SiQVLConfig  # noqa: E402
+from siq_vl.data.figures.dataset import sample  # noqa: E402
+from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration  # noqa: E402
+from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402
+from siq_vl.sizes import VISION_TOWER, model_config  # noqa: E402
+from siq_vl.training.backbones import stand_in_processor  # noqa: E402
+from siq_vl.training.recipes import ModelArguments  # noqa: E402
+
+# The proportions of SigLIP-2 Large and Qwen2.5-0.5B, 1024 patches and 256 image tokens, at a fortieth of their size: the
+# tower has 0.6 of the language model's weights and reads four patches a token; the vocabulary holds a quarter of these.
+_VISION = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 6}
+_TEXT = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 5, "num_attention_heads": 6,
+         "num_key_value_heads": 2, "vocab_size": 8192}  # fmt: skip
+SHAPES = {
+    "small": ({**_VISION, "image_size": 256, "patch_size": 16}, _TEXT),
+    "quick": (
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "image_size": 32, "patch_size": 8},
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "vocab_size": 1024},
+    ),
+}  # fmt: skip
+FULL = {"0.5b": "Qwen/Qwen2.5-0.5B-Instruct", "1.5b": "Qwen/Qwen2.5-1.5B-Instruct"}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Figures = Mapping[str, float]  # what one run of a variant measured, by name
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--shape", default="small", choices=(*SHAPES, *FULL), help="random weights of these sizes")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="by default on a GPU alone")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: as torch chooses")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="cpu: this process's processor time, for machines that do other work; without loader processes",
+    )
+    parser.add_argument("--quick", action="store_true", help="seconds, with figures that mean nothing: does it run?")
+    return parser
+
+
+def prepare(options: argparse.Namespace) -> argparse.Namespace:
+    """Set up what the options say, and fill in those that depend on others."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no GPU: run on one, or with --device cpu")
+    if options.repetitions < 1:
+        raise ValueError(f"repetitions is {options.repetitions}; it must be at least 1")
+    if options.quick:
+        options.shape, options.repetitions = "quick", 1
+    if options.bf16 is None:
+        options.bf16 = options.device == "cuda"
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.manual_seed(0)
+    return options
+
+
+def random_config(shape: str, **fields) -> tuple[SiQVLConfig, SiQVLProcessor]:
+    """Return a configuration of one of the shapes and a processor whose ids it knows.
+
+    Args:
+        shape: a key of `SHAPES` or `FULL`.
+        fields: further fields of the configuration.
+    """
+    if shape in FULL:
+        config = model_config(ModelArguments(vision_tower=VISION_TOWER, language_model=FULL[shape]))
+        for name, value in fields.items():
+            setattr(config, name, value)
+    else:
+        vision, text = SHAPES[shape]
+        text = {"model_type": "qwen2", "tie_word_embeddings": True, "max_position_embeddings": 32768, **text}
+        ids = {"image_token_id": 0, "vision_start_token_id": 1, "vision_end_token_id": 2}
+        config = SiQVLConfig(vision_config=dict(vision), text_config=text, **ids, **fields)
+    processor = stand_in_processor(config)
+    for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
+        setattr(config, name, getattr(processor, name))
+    config.text_config.bos_token_id = None
+    config.text_config.eos_token_id = processor.tokenizer.eos_token_id
+    return config, processor
+
+
+def random_model(shape: str, **fields) -> tuple[SiQVLForConditionalGeneration, SiQVLProcessor]:
+    """Return a model of one of the shapes with random weights, in evaluation mode, and its processor."""
+    config, processor = random_config(shape, **fields)
+    model = SiQVLForConditionalGeneration(config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(processor.tokenizer, name))
+    return model.eval(), processor
+
+
+def write_rows(folder: Path, count: int, *, long_share: float, seed: int = 0, images: int = 1) -> Path:
+    """Write JPEG pictures and rows in LLaVA's format, of short answers and long captions; return the JSON file.
+
+    A short answer has 1 to 4 words, a caption 80 to 160; these words are those of the drawn figures' captions.
+
+    Args:
+        folder: where to write.
+        count: number of rows.
+        long_share: share of captions.
+        seed: of words and pictures.
+        images: pictures of a row.
+    """
+    rng, noise = Random(seed), np.random.default_rng(seed)
+    words = [word for index in range(20) for word in sample("train", index).figure.caption.split()]
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(count):
+        names = [f"images/{index}-{number}.jpg" for number in range(images)]
+        for name in names:
+            coarse = noise.integers(0, 256, (15, 20, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC).save(folder / name, quality=90)
+        long = rng.random() < long_share
+        question = "Describe this picture." if long else " ".join(rng.choices(words, k=rng.randint(6, 14)))
+        answer = " ".join(rng.choices(words, k=rng.randint(80, 160) if long else rng.randint(1, 4)))
+        turns = [("human", "<image>\n" * images + question), ("gpt", answer)]
+        rows.append({"image": names, "conversations": [{"from": who, "value": text} for who, text in turns]})
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder / "rows.json"
+
+
+def stopwatch(options: argparse.Namespace) -> Callable[[], float]:
+    """Return a function that returns the seconds since now, when all work given to the device is done."""
+    clock = CLOCKS[options.clock]
+
+    def seconds() -> float:
+        synchronize(options.device)
+        return clock() - started
+
+    synchronize(options.device)
+    started = clock()
+    return seconds
+
+
+def synchronize(device: str) -> None:
+    """Wait for all work given to a device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], Figures]], repetitions: int, *, warm_up: bool = True
+) -> dict[str, list[Figures]]:
+    """Measure variants in turn, again and again, so that what slows the machine down meets all alike.
+
+    Args:
+        variants: each a function that runs once and returns what it measured.
+        repetitions: rounds that count.
+        warm_up: a first round that does not count.
+    """
+    measured: dict[str, list[Figures]] = {name: [] for name in variants}
+    for repetition in range(-1 if warm_up else 0, repetitions):
+        # Back and forth: whoever runs first in one round runs last in the next.
+        for name in list(variants)[:: 1 if repetition % 2 == 0 else -1]:
+            figures = variants[name]()
+            if repetition >= 0:
+                measured[name].append(figures)
+    return measured
+
+
+def ratio_table(
+    measured: Mapping[str, Sequence[Figures]], figure: str, unit: str, *, lower_is_better: bool = False
+) -> str:
+    """Return one figure as a Markdown table: median and range of each variant, and of its ratio to the first one.
+
+    Ratios are taken within a round; above 1 is better than the baseline.
+
+    Args:
+        measured: what `interleaved` returned; the first variant is the baseline.
+        figure: which of the figures.
+        unit: what it is measured in.
+        lower_is_better: for times and sizes.
+    """
+    baseline = [each[figure] for each in next(iter(measured.values()))]
+    lines = [f"| {figure} | {unit} | range | ratio | range |", "|---|---:|---:|---:|---:|"]
+    for name, runs in measured.items():
+        values = [each[figure] for each in runs]
+        pairs = zip(values, baseline, strict=True)
+        ratios = [base / value if lower_is_better else value / base for value, base in pairs]
+        cells = (f"{statistics.median(values):.4g}", _range(values), f"{statistics.median(ratios):.2f}", _range(ratios))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.3g} to {max(values):.3g}"
+
+
+def environment(options: argparse.Namespace) -> str:
+    """Say in a line what was measured on what."""
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    precision = "bf16" if options.bf16 else "float32"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{device}; {versions}; {precision}; shape {options.shape}; median of {options.repetitions}, {options.clock} clock"

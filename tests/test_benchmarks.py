@@ -1,0 +1,107 @@
+"""Every benchmark runs; what they compute besides times is right."""
+
+import logging
+import runpy
+import sys
+
+import datasets
+import pytest
+import torch
+from conftest import REPO_ROOT
+from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils import logging as transformers_logging
+
+from siq_vl.training.recipes import AdapterArguments
+from siq_vl.training.stages import count_parameters, freeze_for_stage
+
+BENCHMARKS = REPO_ROOT / "benchmarks"
+# What a benchmark's table has to name.
+SHOWN = {
+    "training": ["plain TRL, pixels, padded", "packed rows", "stored vision features", "all levers"],
+    "idefics3": ["Idefics3, plain TRL", "SiQ-VL, plain TRL", "SiQ-VL, all levers"],
+    "generation": ["time to first token", "decoding", "SiQ-VL, static cache"],
+    "loader": ["pictures decoded, 0 processes", "stored features, 0 processes"],
+    "memory": ["| stage 1 | no | 2 |", "| LoRA | yes | 2 |"],
+    "scaling": ["tokens a row", "pictures in", "MiB resident"],
+    "fits": ["PREDICTION", "| 8 GB | 0.5B | 3 | QLoRA |"],
+}
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """Lets benchmarks be imported, and undoes what they silence."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    verbosity = transformers_logging.get_verbosity()
+    yield
+    logging.disable(logging.NOTSET)
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_runs(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "--quick"])
+    runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in SHOWN[name])
+
+
+def test_ratios_are_taken_within_a_round():
+    import common
+
+    rates = iter([10.0, 30.0, 40.0, 10.0, 20.0, 80.0])  # warmed up, then back and forth
+    measured = common.interleaved(
+        {name: lambda: {"rate": next(rates)} for name in ("baseline", "lever")}, repetitions=2
+    )
+    assert [each["rate"] for each in measured["baseline"]] == [40.0, 80.0]
+    assert [each["rate"] for each in measured["lever"]] == [10.0, 20.0]
+    assert "| lever | 15 | 10 to 20 | 0.25 | 0.25 to 0.25 |" in common.ratio_table(measured, "rate", "samples/s")
+    slower = common.ratio_table(measured, "rate", "s", lower_is_better=True)
+    assert "| lever | 15 | 10 to 20 | 4.00 | 4 to 4 |" in slower
+
+
+def test_the_peak_is_what_is_held_at_once():
+    import memory
+
+    def work():
+        kept = torch.ones(1000)  # 4000 bytes, throughout
+        for _ in range(3):
+            torch.ones(2000)  # 8000 bytes, one at a time
+        return kept
+
+    assert 12_000 <= memory.peak_on_cpu(work) < 16_000
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_operations_of_a_step(make_model, stage):
+    """Held against torch's own count, of a forward and a backward pass."""
+    import fits
+
+    model = make_model(vision={"hidden_size": 64}, text={"hidden_size": 64, "intermediate_size": 160})
+    model.set_attn_implementation("eager")  # products that the counter sees one by one
+    config, batch_size, length = model.config, 2, 40
+    peft_config = freeze_for_stage(model, stage, AdapterArguments(lora_r=4))
+    trained = get_peft_model(model, peft_config) if peft_config else model
+    lora = count_parameters(trained)[0].get("LoRA", 0)
+    ids = torch.full((batch_size, length), 9)
+    ids[:, : config.image_seq_length] = config.image_token_id
+    side = config.vision_config.image_size
+    with FlopCounterMode(display=False) as counter:
+        trained(input_ids=ids, labels=ids, pixel_values=torch.rand(batch_size, 3, side, side)).loss.backward()
+    flops = fits.step_flops(config, batch_size, length, batch_size * length, lora)
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(make_config):
+    import fits
+
+    run = fits.Run("0.5b", "2", "LoRA", False, 64)
+    config = make_config()
+    sizes = fits.count(config, "2", AdapterArguments(lora_r=4))
+    limit = fits.predicted(run, config, sizes, 8) + 1
+    assert fits.largest_batch(run, config, sizes, limit) == 8
+    assert fits.predicted(run, config, sizes, 16) > limit
+    assert fits.largest_batch(run, config, sizes, 1000) == 0
