@@ -1,13 +1,19 @@
 # `make demo` and `make test`; `make test-v5` and `make test-majors` repeat the tests on transformers 5 and across the
-# two majors. Each sets up the virtual environments that it needs first.
+# two majors; `make doctor` says what this machine can run. Each sets up the virtual environments that it needs first.
 PYTHON ?= python3
 VENV ?= .venv
 VENV5 ?= .venv5
 
-.PHONY: demo test test-v5 test-majors check clean
+.PHONY: demo doctor test test-v5 test-majors check lint types coverage clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python demo.py
+
+# make doctor RECIPE=siq-vl-0.5b STAGE=2
+RECIPE ?= tiny
+STAGE ?= 1
+doctor: $(VENV)/.ready
+	$(VENV)/bin/python -m siq_vl.doctor --recipe $(RECIPE) --stage $(STAGE)
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest
@@ -21,14 +27,34 @@ test-majors: $(VENV)/.ready $(VENV5)/.ready
 	SIQ_VL_OTHER_PYTHON=$(abspath $(VENV5))/bin/python $(VENV)/bin/python -m pytest tests/test_majors.py
 	SIQ_VL_OTHER_PYTHON=$(abspath $(VENV))/bin/python $(VENV5)/bin/python -m pytest tests/test_majors.py
 
-check: $(VENV)/.ready
-	$(VENV)/bin/python -m pip install -q ruff==0.17.6
+# What every change has to pass: style, types, tests.
+check: lint types test
+
+lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The package as it is at run time: the files of the repository root that are its modules linked in beside the others.
+TYPES := $(VENV)/types
+SCRIPTS := $(filter-out %_siq_vl.py,$(wildcard *.py))
+types: $(VENV)/.ready-dev
+	rm -rf $(TYPES) && mkdir -p $(TYPES)/siq_vl
+	ln -s $(wildcard $(CURDIR)/siq_vl/*) $(wildcard $(CURDIR)/*_siq_vl.py) $(TYPES)/siq_vl/
+	ln -s $(addprefix $(CURDIR)/,$(SCRIPTS)) $(TYPES)/
+	cd $(TYPES) && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir ../.mypy_cache \
+		--python-executable $(abspath $(VENV))/bin/python -p siq_vl $(SCRIPTS:%.py=-m %)
+
+# Lines of the library that the tests reach, in processes that they start too; fails below 90%.
+coverage: $(VENV)/.ready-dev
+	$(VENV)/bin/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html:outputs/coverage
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 $(VENV5)/.ready: requirements-v5.txt

@@ -10,6 +10,7 @@ Prints the reasoning and the answer. Without `--model` the checkpoint is the rep
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from siq_vl import cli
 from siq_vl.data.figures.rows import user_turn
@@ -32,7 +33,7 @@ def main() -> None:
     if not options.question.strip():
         raise ValueError("the question is empty: ask something about the picture")
     model, processor = load_checkpoint(options.model)
-    switch = {"enable_thinking": False} if options.no_thinking else {}
+    switch: dict[str, Any] = {"enable_thinking": False} if options.no_thinking else {}
     (text,) = generate_texts(
         model,
         processor,

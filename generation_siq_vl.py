@@ -89,6 +89,8 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """
+        Forces or forbids what the rows' budgets ask for.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Prompt and output so far.
             scores (`torch.FloatTensor` of shape `(batch_size, vocab_size)`): Scores of the next token.

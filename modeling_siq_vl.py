@@ -51,7 +51,7 @@ if TRANSFORMERS_4:
         forward = SiglipVisionTransformer.forward
 
 else:
-    VisionTower = SiglipVisionModel
+    VisionTower = SiglipVisionModel  # type: ignore[misc]
 
 
 def pixel_shuffle(features: torch.Tensor, rows: int, columns: int, factor: int) -> torch.Tensor:
@@ -106,6 +106,8 @@ class SiQVLProjector(nn.Module):
 
     def forward(self, vision_features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """
+        Turns patches into tokens of the language model.
+
         Args:
             vision_features (`torch.Tensor` of shape `(n_images, rows * columns, vision_hidden_size)`):
                 Last hidden state of the vision tower.
@@ -248,7 +250,8 @@ class SiQVLModel(SiQVLPreTrainedModel):
         """Rows and columns of the patches of each image; see [`get_image_features`] for the shapes."""
         size, patch = self.config.vision_config.image_size, self.config.vision_config.patch_size
         if pixel_values is None:
-            return tuple(vision_features.shape[1:3]) if vision_features.ndim == 4 else (size // patch, size // patch)
+            rows, columns = vision_features.shape[1:3] if vision_features.ndim == 4 else (size // patch, size // patch)
+            return rows, columns
         shape = tuple(pixel_values.shape)
         known = len(shape) == 4 and shape[1] == 3
         if not known or shape[2:] != (size, size) and (0 in shape[2:] or shape[2] % patch or shape[3] % patch):
@@ -517,7 +520,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
     def get_image_features(
@@ -722,7 +725,8 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             self.model._check_images_given(input_ids, refuse=True)
         if expand_size > 1 and pixel_values is not None:
             grid = self.model._patch_grid(pixel_values, None)
-            vision_features = self.get_image_features(pixel_values, return_dict=True).last_hidden_state
+            encoded: Any = self.get_image_features(pixel_values, return_dict=True)
+            vision_features = encoded.last_hidden_state
             if grid != self.model._patch_grid(None, vision_features):
                 vision_features = vision_features.unflatten(1, grid)
             pixel_values = None

@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +25,8 @@ from siq_vl.pretraining.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
+Module = TypeVar("Module", bound=torch.nn.Module)
+
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer, trained on first use and the same ever after."""
@@ -32,7 +35,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def load_module(folder: Path, module: torch.nn.Module) -> torch.nn.Module:
+def load_module(folder: Path, module: Module) -> Module:
     """Load the weights that a phase has reached into `module`."""
     path = folder / "state.pt"
     if not path.exists():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -31,7 +32,7 @@ SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_en
 PIL_BACKEND = {"use_fast": False} if TRANSFORMERS_4 else {"backend": "pil"}
 
 
-class SiQVLProcessorKwargs(ProcessingKwargs, total=False):
+class SiQVLProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Keyword arguments of [`SiQVLProcessor`]: those of the tokenizer and of the image processor."""
 
     _defaults = {"text_kwargs": {"padding": False, "return_token_type_ids": False}, "images_kwargs": {}}
@@ -206,7 +207,9 @@ class SiQVLProcessor(ProcessorMixin):
         flat_images, n_per_group = _flatten_images(images)
         if texts is not None:
             _check_counts([sample.count(IMAGE_TOKEN) for sample in texts], len(flat_images), n_per_group)
-        data, replacements, offsets = {}, [], []
+        data: dict[str, Any] = {}
+        replacements: list[str] = []
+        offsets: list = []
         if flat_images:
             data, replacements = self._process_images(flat_images, **images_kwargs)
             del data["num_tiles"]
@@ -299,7 +302,9 @@ class SiQVLProcessor(ProcessorMixin):
         size = image_inputs["pixel_values"].shape[2:] if "pixel_values" in image_inputs else self._tile_size({})
         return IMAGE_TOKEN * (n_tiles * self._tokens_per_tile(*size))
 
-    def _get_num_multimodal_tokens(self, image_sizes: Optional[list[list[int]]] = None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Optional[Sequence[Sequence[int]]] = None, **kwargs
+    ) -> MultiModalData:
         """Tokens and rows of `pixel_values` of images of given `(height, width)`; asked for by serving engines."""
         if image_sizes is None:
             return MultiModalData()
@@ -350,7 +355,7 @@ class SiQVLProcessor(ProcessorMixin):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
         if config["tokenizer_class"] == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        vars(self).pop("auto_map", None)  # set while saving; it is no part of the processor
+        self.__dict__.pop("auto_map", None)  # set while saving; it is no part of the processor
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return files
 

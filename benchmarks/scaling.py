@@ -10,8 +10,6 @@ of this process while the loader reads data sets of growing size, which has to s
 
 import copy
 import logging
-import tempfile
-from pathlib import Path
 
 import common
 import memory

@@ -26,7 +26,7 @@ _ATTEMPTS = 5
 _WAIT_SECONDS = 2.0
 # What the library under huggingface_hub raises where no answer comes: requests' errors are OSErrors, httpx's have this
 # class in common with answers that tell of an error.
-_NO_ANSWER = (OSError, RuntimeError, HfHubHTTPError.__bases__[0])
+_FAILURES: tuple[type[Exception], ...] = (HfHubHTTPError, OSError, RuntimeError, HfHubHTTPError.__bases__[0])
 _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
 
 _CARD = """\
@@ -273,7 +273,7 @@ def _with_retries(request, arguments: dict, token: str | None, attempts: int, wa
     for attempt in range(1, attempts + 1):
         try:
             return request(**arguments)
-        except (HfHubHTTPError, *_NO_ANSWER) as error:
+        except _FAILURES as error:
             message = _without_token(f"{type(error).__name__}: {' '.join(str(error).split())}", token)
             answer = error.response if isinstance(error, HfHubHTTPError) else None
             status = None if answer is None else answer.status_code  # an answer that tells of an error is falsy

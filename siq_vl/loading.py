@@ -8,7 +8,6 @@ from transformers import BitsAndBytesConfig
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
-
 # Full names: transformers 5 silently ignores the last part alone.
 KEPT_WHOLE = ("model.projector", "model.vision_tower", "lm_head")
 

@@ -108,13 +108,14 @@ def model_config(model: ModelArguments) -> SiQVLConfig:
     """Return the configuration that stage 1 would build from a recipe's backbones."""
     text = backbone_config(model.language_model or LANGUAGE_MODEL)
     # Ids do not matter for sizes, and a small vocabulary would not have the default ones.
-    ids = {"image_token_id": 0, "vision_start_token_id": 1, "vision_end_token_id": 2}
     return SiQVLConfig(
         vision_config=backbone_config(model.vision_tower or VISION_TOWER),
         text_config=text,
         projector_type=model.projector_type,
         pixel_shuffle_factor=model.pixel_shuffle_factor,
-        **ids,
+        image_token_id=0,
+        vision_start_token_id=1,
+        vision_end_token_id=2,
     )
 
 

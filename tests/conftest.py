@@ -48,6 +48,21 @@ TEXT = {
 }
 
 
+# What all else stands on is tested first, and what trains or starts many processes last; all others in between.
+FIRST = ("test_modeling", "test_processing", "test_images", "test_checkpoint", "test_recipes", "test_data")
+LAST = ("test_traces", "test_training", "test_resume", "test_distributed", "test_shipped", "test_majors", "test_readme")
+
+
+def pytest_collection_modifyitems(items):
+    """Orders the test files by what they protect; the order within a file stays."""
+
+    def place(item) -> int:
+        name = Path(item.fspath).stem
+        return FIRST.index(name) if name in FIRST else len(FIRST) + (LAST.index(name) + 1 if name in LAST else 0)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def data_cache(tmp_path_factory):
     """Keeps what `datasets` stores of the tests' files away from the user's cache."""

@@ -1,0 +1,1 @@
+"""Training data: sources, filters, mixtures, collation, and the drawn figures."""

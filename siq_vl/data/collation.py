@@ -90,7 +90,8 @@ class ConversationCollator:
         pieces = iter(encoded)
         ids, labels = [], []
         for segments in segmented:
-            row_ids, row_labels = [], []
+            row_ids: list[int] = []
+            row_labels: list[int] = []
             for _, supervised in segments:
                 piece = next(pieces)
                 row_ids += piece

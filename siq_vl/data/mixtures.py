@@ -276,7 +276,7 @@ class MixedRows:
             endless = [name for name, size in zip(self.names, sizes, strict=True) if size is None]
             if endless:
                 raise ValueError(f"{', '.join(endless)} has no known size: set `weight` for every source")
-            weights = sizes
+            weights = list(sizes)
         return [weight / sum(weights) for weight in weights]
 
     def _look_through(self, index: int, wanted: int, duplicates: Duplicates) -> None:
@@ -302,8 +302,8 @@ class MixedRows:
                 )
             if self.config.sources[0].weight is None:
                 return list(kept)
-            count = min(rows / share for rows, share in zip(kept, shares, strict=True))
-            return [max(1, math.floor(count * share + 1e-9)) for share in shares]
+            whole = min(rows / share for rows, share in zip(kept, shares, strict=True))
+            return [max(1, math.floor(whole * share + 1e-9)) for share in shares]
         used = [math.floor(count * share) for share in shares]
         by_remainder = sorted(range(len(shares)), key=lambda index: used[index] - count * shares[index])
         for index in by_remainder[: count - sum(used)]:

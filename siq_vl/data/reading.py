@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -18,7 +18,7 @@ from siq_vl.data.filters import Duplicates, filtered
 from siq_vl.data.images import decode_image, find_under
 from siq_vl.data.remote import download_image, is_remote
 from siq_vl.data.scoring import BATCH_SIZE, scored_text
-from siq_vl.data.sources import Source
+from siq_vl.data.sources import Source, SourceConfig
 from siq_vl.processing_siq_vl import SiQVLProcessor, to_rgb
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,20 @@ class DropLog:
         self.path.write_text(header + "\n", encoding="utf-8")
 
 
+class Origin(Protocol):
+    """What rows are read from: a `Source`, or anything else that makes conversations of its rows."""
+
+    roots: list[Path]
+    config: SourceConfig
+
+    @property
+    def name(self) -> str:
+        """What its rows are called by."""
+
+    def conversation(self, row: Mapping | None) -> Conversation:
+        """Return a stored row as a conversation."""
+
+
 class Reader:
     """Makes training rows of what sources store.
 
@@ -115,7 +129,7 @@ class Reader:
         self.drops, self.processor, self.max_length = drops, processor, max_length
         self.max_image_side, self.scorer, self.blind = max_image_side, scorer, blind
 
-    def conversation(self, source: Source, row: Mapping | None) -> Conversation:
+    def conversation(self, source: Origin, row: Mapping | None) -> Conversation:
         """Return what checks and filters leave of a row, its pictures not yet opened.
 
         Raises:
@@ -131,7 +145,7 @@ class Reader:
         self._check_length(conversation, None)
         return conversation
 
-    def training_row(self, source: Source, conversation: Conversation, pictures: Pictures | None = None) -> dict:
+    def training_row(self, source: Origin, conversation: Conversation, pictures: Pictures | None = None) -> dict:
         """Return a row for `ConversationCollator`: `images` (opened), `messages`, `source`, `chat_template_kwargs`.
 
         With `pictures`, those whose features are stored are not opened.
@@ -148,7 +162,7 @@ class Reader:
             "chat_template_kwargs": dict(conversation.template_options),
         }
 
-    def image(self, image: Any, source: Source, pictures: Pictures | None = None) -> Image.Image | Picture:
+    def image(self, image: Any, source: Origin, pictures: Pictures | None = None) -> Image.Image | Picture:
         """Open a picture, or find it among `pictures`.
 
         Raises:
@@ -223,7 +237,7 @@ class Reader:
             raise Dropped("longer than max_length", f"{count} tokens, max_length={self.max_length}")
 
 
-def _locate(image: Any, source: Source) -> Path | bytes | str | Image.Image:
+def _locate(image: Any, source: Origin) -> Path | bytes | str | Image.Image:
     """Return where a picture is to be read from: a file, its bytes, an address, or itself.
 
     Raises:

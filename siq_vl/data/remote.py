@@ -47,5 +47,5 @@ def _refuse_local(url: str) -> None:
     except OSError as error:
         raise ValueError(f"{url} cannot be resolved ({error}): check the address") from error
     for *_, address in found:
-        if not ipaddress.ip_address(address[0].partition("%")[0]).is_global:
+        if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global:
             raise ValueError(f"{url} points into a private network: give its picture as a file below the image root")

@@ -217,7 +217,8 @@ class Source:
 
 def _shuffled(items: Iterator, seed: int) -> Iterator:
     """Yield items in an order that is random within a buffer."""
-    rng, buffer = Random(seed), []
+    rng = Random(seed)
+    buffer: list = []
     for item in items:
         if len(buffer) < _SHUFFLE_BUFFER:
             buffer.append(item)

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -12,7 +13,7 @@ from siq_vl.distill.questions import TASKS, TraceQuestion
 
 TEMPLATES = Path(__file__).parent / "templates"
 _VERSION = re.compile(r"\A\{#\s*version:\s*(\d+)\s*#\}\n")
-_ENVIRONMENT = {"undefined": StrictUndefined, "autoescape": False, "keep_trailing_newline": False}
+_ENVIRONMENT: dict[str, Any] = {"undefined": StrictUndefined, "autoescape": False, "keep_trailing_newline": False}
 
 
 def families() -> list[str]:

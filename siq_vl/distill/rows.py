@@ -148,7 +148,7 @@ class _Teacher:
         self.name, self.roots, self.config = name, [folder], SourceConfig(str(folder))
         self._descriptions = pictures_as
 
-    def conversation(self, row: Mapping) -> Conversation:
+    def conversation(self, row: Mapping | None) -> Conversation:
         """Return a trace as the one turn that is trained on."""
         answer = row["golds"][0] if row["direct"] and row["golds"] else row["answer"]
         completion = reasoned("" if row["direct"] else row["rationale"], answer)
@@ -374,7 +374,8 @@ def _chosen(
 
 def _drawn(group: Sequence[_Trace], weights: Mapping[str, float], count: int, rng: Random) -> list[_Trace]:
     """Draw some traces of a question without replacement: first a teacher by weight, then one of its traces."""
-    left, drawn = list(group), []
+    left = list(group)
+    drawn: list[_Trace] = []
     while left and len(drawn) < count:
         names = sorted({trace.teacher for trace in left})
         name = rng.choices(names, [weights[name] for name in names])[0]

@@ -148,7 +148,7 @@ def _replaced(table: pa.Table, columns: dict[str, list]) -> pa.Table:
 
 def _marks(store: TraceStore) -> list[_Mark]:
     teachers: dict[str, int] = {}
-    marks = []
+    marks: list[_Mark] = []
     names = ("teacher", "repeat", "answer", "rejected_by", "error", "rationale_tokens", "kind")
     for table in store.columns(*names):
         for row in table.to_pylist():
@@ -275,7 +275,7 @@ def _write_verdicts(store: TraceStore, marks: list[_Mark]) -> int:
         before = pq.read_table(path, columns=["rejected_by", "agreement", "verdict"])
         part = marks[place : place + before.num_rows]
         place += before.num_rows
-        after = {
+        after: dict[str, list] = {
             "rejected_by": [mark.reasons for mark in part],
             "agreement": [None if np.isnan(mark.agreement) else mark.agreement for mark in part],
             "verdict": ["rejected" if mark.reasons else "kept" for mark in part],

@@ -92,11 +92,11 @@ def fact_score(caption: str, gold: str) -> float:
 
 
 def parse_trace(text: str) -> Parsed:
-    """Take a teacher's output apart: our tags, a native thinking format, or plain step-by-step prose.
+    r"""Take a teacher's output apart: our tags, a native thinking format, or plain step-by-step prose.
 
     - `<think>…</think><answer>…</answer>`, as `parse` reads it;
     - `…</think>` and then the answer, with or without the opening tag (some chat templates put it into the prompt);
-    - prose that ends in `\\boxed{…}`, "the answer is …" or "Answer: …": what stands before is the rationale.
+    - prose that ends in `\boxed{…}`, "the answer is …" or "Answer: …": what stands before is the rationale.
 
     What was begun and not finished, and prose that names no answer, have the empty answer.
     """
@@ -119,7 +119,7 @@ def parse_trace(text: str) -> Parsed:
 
 
 def final_answer(text: str) -> str:
-    """Return the answer that prose names last (`\\boxed{…}`, "the answer is …", "Answer: …"), or the empty string."""
+    r"""Return the answer that prose names last (`\boxed{…}`, "the answer is …", "Answer: …"), or the empty string."""
     return _final(text)[1]
 
 
@@ -142,7 +142,7 @@ def _final(text: str) -> tuple[str, str]:
 
 
 def _last_boxed(text: str) -> tuple[int, str] | None:
-    """Return position and content of the last `\\boxed{…}`, braces inside it balanced."""
+    r"""Return position and content of the last `\boxed{…}`, braces inside it balanced."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

@@ -3,6 +3,7 @@
 import ast
 import operator
 import re
+from collections.abc import Callable
 
 _VALUE = r"[-\u2212]?[$€£]?\s?(?<!\d)(?<!\d[.,])(?:\d{1,3}(?:,\d{3}){1,5}|\d{1,18})(?:\.\d{1,18})?(?: ?%)?"
 _UNIT = r"(?: ?(?!(?:plus|minus|times|divided|over|is|equals|makes|gives|and|to|vs|x)\b)[A-Za-z°]{1,12}\b)?"
@@ -23,7 +24,7 @@ _LATEX = {
     "\\left": "",
     "\\right": "",
 }
-_OPERATORS = {
+_OPERATORS: dict[type, Callable[..., float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -119,7 +120,7 @@ def _evaluate(expression: str) -> float | None:
 
 
 def _value(node: ast.expr) -> float:
-    if isinstance(node, ast.Constant):
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         return float(node.value)
     if isinstance(node, ast.UnaryOp):
         return _OPERATORS[type(node.op)](_value(node.operand))

@@ -45,6 +45,7 @@ def emergence_table(runs: Mapping[str, Sequence[Mapping]]) -> str:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="output folders of stage 3")
     parser.add_argument("--output", type=Path, default=Path(EMERGENCE_FIGURE), help="the figure, an SVG")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from siq_vl.evaluation import metrics
-from siq_vl.evaluation.answers import agrees, matches, parse, read
+from siq_vl.evaluation.answers import Parsed, Reading, agrees, matches, parse, read
 from siq_vl.evaluation.questions import Item
 
 
@@ -73,8 +73,13 @@ def mark(item: Item, output: str) -> Marks:
     if item.metric not in METRICS:
         raise ValueError(f"metric is {item.metric!r}; it must be one of {', '.join(METRICS)}")
     kind, scored = METRICS[item.metric]
-    found = parse(output) if item.metric == "words" else read(output, kind=kind, choices=item.choices)
-    parseable = bool(found.answer) if item.metric == "words" else found.parseable
+    found: Parsed | Reading
+    if item.metric == "words":
+        found = parse(output)
+        parseable = bool(found.answer)
+    else:
+        found = reading = read(output, kind=kind, choices=item.choices)
+        parseable = reading.parseable
     facts = metrics.hallucination(output, item.caption) if item.caption else {}
     return Marks(
         rationale=found.rationale,

@@ -185,7 +185,7 @@ def caption_scores(
     by_domain = {domain: [item for item in items if item.domain == domain] for domain in domains}
     ordered = [item for domain in domains for item in by_domain[domain]]
     moved = [item for domain in domains for item in (*by_domain[domain][1:], by_domain[domain][0])]
-    shown = {
+    shown: dict[str, list[list]] = {
         "picture": [[item.image] for item in ordered],
         "blind": [[] for _ in ordered],
         "shuffled": [[item.image] for item in moved],

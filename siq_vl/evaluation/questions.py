@@ -1,6 +1,6 @@
 """Questions to evaluate on: of the drawn data set, or of any source that a recipe can train on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -108,6 +108,7 @@ def items_of(source: Source, count: int | None = None, *, metric: str | None = N
         count: rows to read at most; all by default.
         metric: how answers are compared; by default what the format's published evaluation uses.
     """
+    rows: Iterable
     if source.streaming:
         rows = islice(source.stored(), count)
     else:
@@ -118,7 +119,7 @@ def items_of(source: Source, count: int | None = None, *, metric: str | None = N
 def _items(source: Source, number: int, row: Mapping | None, metric: str | None) -> list[Item]:
     name = f"{source.name}/{number}"
     labels = row if isinstance(row, Mapping) else {}
-    common = {
+    common: dict[str, Any] = {
         "group": source.split,
         "domain": _label(labels, _DOMAIN_COLUMNS) or source.name,
         "type": _label(labels, _TYPE_COLUMNS) or "any",

@@ -85,7 +85,7 @@ def write_report(
         *(f"<details><summary>{name}</summary>{_scrolled(table)}</details>" for name, table in rest[1:]),
         *(f"<h2>{html.escape(name)}</h2><pre>{html.escape(table)}</pre>" for name, table in (tables or {}).items()),
         f"<h2>Training loss</h2>{_figures(losses)}" if losses else "",
-        f"<h2>What they said</h2><p>{chosen}</p>{_controls(answers, picked)}<div id=gallery>{cards}</div>",
+        f"<h2>What they said</h2><p>{chosen}</p>{_controls(list(answers), picked)}<div id=gallery>{cards}</div>",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(

@@ -1,6 +1,7 @@
 """Accuracy tables with 95% intervals, as aligned text that is Markdown too."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from siq_vl.evaluation.intervals import mcnemar, paired_bootstrap, paired_difference, wilson
 from siq_vl.evaluation.predictions import Prediction
@@ -12,11 +13,15 @@ _GROUPS = ("held out", "combinations", "hard")
 
 
 def table_rows(predictions: Sequence[Prediction]) -> Rows:
-    """Return the table's rows: for drawn figures every domain by single- and multi-step, their totals, and the
-    reported-only groups; for other data its domains and their total."""
+    """Return the table's rows.
+
+    For drawn figures every domain by single- and multi-step, their totals, and the reported-only groups; for other data
+    its domains and their total.
+    """
+    rows: list[tuple[str, Callable[[Prediction], bool]]]
     if any(prediction.group not in _GROUPS for prediction in predictions):
         domains = dict.fromkeys(prediction.domain for prediction in predictions)
-        rows = [(domain, lambda prediction, domain=domain: prediction.domain == domain) for domain in domains]
+        rows = [(domain, partial(_is_of, domain)) for domain in domains]
         return [*rows, ("all", lambda prediction: True)] if len(rows) > 1 else rows
 
     def of(domain: str | None, multi_step: bool | None, group: str = "held out") -> Callable[[Prediction], bool]:
@@ -32,6 +37,10 @@ def table_rows(predictions: Sequence[Prediction]) -> Rows:
     rows += [("all", of(None, None)), ("- single-step", of(None, False)), ("- multi-step", of(None, True))]
     rows += [("new combinations", of(None, None, "combinations")), ("hard (reported only)", of(None, None, "hard"))]
     return rows
+
+
+def _is_of(domain: str, prediction: Prediction) -> bool:
+    return prediction.domain == domain
 
 
 def ordinary(predictions: Sequence[Prediction]) -> list[Prediction]:

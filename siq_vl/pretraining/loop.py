@@ -65,7 +65,8 @@ def run(
         step, spent = state["step"], state["seconds"]
         logger.info("resumed %s at step %d after %.0f s", folder, step, spent)
     device = next(module.parameters()).device
-    started, sums, summed = time.monotonic(), {}, 0
+    sums: dict[str, float] = {}
+    started, summed = time.monotonic(), 0
     module.train()
     while step < steps:
         factor = learning_rate_factor(step, steps, warmup)

@@ -107,7 +107,8 @@ def _calculation(rng: Random) -> Pieces:
 
 def encode(tokenizer: PreTrainedTokenizerFast, pieces: Pieces) -> tuple[list[int], list[int]]:
     """Return token ids, and labels that cover the pieces to be learnt, -100 elsewhere."""
-    ids, labels = [], []
+    ids: list[int] = []
+    labels: list[int] = []
     for text, learnt in pieces:
         tokens = tokenizer(text)["input_ids"]
         ids += tokens

@@ -56,10 +56,10 @@ def learning_curve_svg(curves: Mapping[str, Points], title: str) -> str:
         colour = _COLOURS[index % len(_COLOURS)]
         line = " ".join(place(*point) for point in curve)
         parts.append(f"<polyline points='{line}' fill='none' stroke='{colour}' stroke-width='{1.2 if index else 2}'/>")
-        y = _TOP + 18 * index + 6
+        base = _TOP + 18 * index + 6
         label = f"{html.escape(name)} {curve[-1][1]:.3f}"
-        parts.append(f"<path d='M{_WIDTH - _RIGHT + 10},{y - 4}h16' stroke='{colour}' stroke-width='3'/>")
-        parts.append(f"<text x='{_WIDTH - _RIGHT + 32}' y='{y}'>{label}</text>")
+        parts.append(f"<path d='M{_WIDTH - _RIGHT + 10},{base - 4}h16' stroke='{colour}' stroke-width='3'/>")
+        parts.append(f"<text x='{_WIDTH - _RIGHT + 32}' y='{base}'>{label}</text>")
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' font-size='12' "
         f"font-family='system-ui, sans-serif' fill='#1c2430'><title>{html.escape(title)}</title>"

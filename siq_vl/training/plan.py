@@ -253,6 +253,13 @@ def _batching(recipe: Recipe, lengths: Sequence[int]) -> str:
     return text
 
 
+def longest_row(recipe: Recipe, task: str) -> int:
+    """Return the tokens of the longest of some rows, or an assumed length where no row can be read here."""
+    rows, _ = _data(recipe, task) if recipe.traces is None else _traces(recipe)
+    counted, _ = _tokens(recipe, planned_config(recipe)[0], rows)
+    return counted.longest if counted else _ASSUMED_LENGTH
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:240]
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
@@ -130,7 +130,8 @@ def make_trainer(
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     peft_config = freeze_for_stage(model, recipe.stage, recipe.adapter)
     rows = rows_with_features(recipe, model, processor, rows)
-    collate, lengths = ConversationCollator(processor, training.max_length), None
+    collate: Callable = ConversationCollator(processor, training.max_length)
+    lengths = None
     if recipe.run.batching == "length_grouped":
         lengths = row_lengths(rows, collate, training.dataloader_num_workers)
     if traces is not None and traces.answer_weight != 1:

@@ -83,8 +83,9 @@ def count_parameters(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
             continue
         part = "LoRA" if "lora_" in name else next((part for part in PARTS if f".{part}." in f".{name}"), name)
         counts = trained if parameter.requires_grad else frozen
-        packed = type(parameter).__name__ == "Params4bit" and parameter.quant_state is not None
-        size = parameter.quant_state.shape.numel() if packed else parameter.numel()
+        # What bitsandbytes packs knows the shape that it had; other parameters have no such attribute.
+        state = getattr(parameter, "quant_state", None)
+        size = parameter.numel() if state is None else state.shape.numel()
         counts[part] = counts.get(part, 0) + size
     return trained, frozen
 

@@ -18,6 +18,7 @@ TASKS = {"1": "caption", "2": "answer"}
 
 
 def main() -> None:
+    """Run the command."""
     recipe = parse_recipe(tuple(TASKS), description=__doc__)
     recipe.features.feature_cache = "on"
     model, processor = load_for_stage(recipe)

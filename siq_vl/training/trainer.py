@@ -115,7 +115,7 @@ class SiQVLTrainer(SFTTrainer):
         if pack_tokens:
             self._check_packing()
         self.run_settings = run_settings or {}
-        self.data_collator = SourceCollator(self.data_collator)
+        self.data_collator: Any = SourceCollator(self.data_collator)
         # TRL turns what trains on an NF4 base to bfloat16, which rounds small steps away.
         for parameter in self.model.parameters():
             if parameter.requires_grad:

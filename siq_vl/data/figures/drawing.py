@@ -25,7 +25,8 @@ def canvas(background: RGB) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 def shade(color: str, rng: Random, spread: int = 12) -> RGB:
     """Return the named colour, each channel moved by at most `spread`."""
-    return tuple(min(255, max(0, channel + rng.randint(-spread, spread))) for channel in COLORS[color])
+    red, green, blue = (min(255, max(0, channel + rng.randint(-spread, spread))) for channel in COLORS[color])
+    return red, green, blue
 
 
 def write(pen: ImageDraw.ImageDraw, x: int, y: int, text: str, fill: RGB = INK) -> None:

@@ -1,7 +1,7 @@
 """What a drawn figure is: its facts, the caption that states them, and the questions they answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import ClassVar, Self
@@ -93,7 +93,7 @@ def verdict(a: str, b: str) -> str:
 
 
 def compare_and_add(
-    rng: Random, entries: tuple[tuple[str, int], ...], wordings: dict[str, tuple[str, ...]]
+    rng: Random, entries: tuple[tuple[str, int], ...], wordings: Mapping[str, tuple[str, ...]]
 ) -> list[Question]:
     """Return the questions that any list of (label, value) pairs answers, in a domain's own wordings.
 

@@ -189,7 +189,7 @@ def _pictures_only(model: str, options: dict) -> ProcessorMixin:
     """Put a processor together from its picture and text parts, as its `from_pretrained` does with all three."""
     processor_class = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(model, **options))]
 
-    class PicturesOnly(processor_class):
+    class PicturesOnly(processor_class):  # type: ignore[misc, valid-type]
         def check_argument_for_proper_class(self, argument_name, argument):
             if argument_name != "video_processor":
                 return super().check_argument_for_proper_class(argument_name, argument)

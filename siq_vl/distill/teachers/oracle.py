@@ -175,14 +175,15 @@ def _near(value: int, rng: Random) -> int:
 def _misread_figure(figure: Figure, rng: Random) -> Figure:
     """Return the figure with one fact read wrongly: a near number, another colour, object, place or word."""
     if isinstance(figure, Chart | Receipt):
-        name = "entries" if isinstance(figure, Chart) else "lines"
-        entries = list(getattr(figure, name))
+        entries = list(figure.entries if isinstance(figure, Chart) else figure.lines)
         place = rng.randrange(len(entries))
         taken = {value for _, value in entries}
         free = [value for value in range(1, MAX_VALUE + 1) if value not in taken]
         label, value = entries[place]
         entries[place] = (label, min(free, key=lambda other: (abs(other - value), rng.random())))
-        return replace(figure, **{name: tuple(entries)})
+        if isinstance(figure, Chart):
+            return replace(figure, entries=tuple(entries))
+        return replace(figure, lines=tuple(entries))
     if isinstance(figure, Plate):
         return replace(figure, number=min(99, max(10, _near(figure.number, rng))))
     if isinstance(figure, Signs):

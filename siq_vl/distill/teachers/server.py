@@ -21,6 +21,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -162,7 +163,7 @@ class ServerTeacher(Teacher):
     def _body(self, asked: Asked) -> dict:
         content = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in asked.pictures]
         content.append({"type": "text", "text": asked.prompt})
-        body = {"model": self._settings.model, "messages": [{"role": "user", "content": content}]}
+        body: dict[str, Any] = {"model": self._settings.model, "messages": [{"role": "user", "content": content}]}
         body.update(self._settings.sampling)
         if "seed" in body:
             body["seed"] += asked.repeat  # the samples of one question are different ones

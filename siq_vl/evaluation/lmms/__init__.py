@@ -1,4 +1,4 @@
-"""
+r"""
 SiQ-VL as a model of the harness lmms-eval, and the drawn questions as one of its tasks; a plugin, nothing to install.
 
     pip install -r requirements-lmms-eval.txt
@@ -9,7 +9,7 @@ Tasks by name: `mme`, `pope`, `mmvet`, `mmstar`, `chartqa`, `textvqa_val`, `scie
 data from the Hub; `mmvet` also asks a judge model for its marks. Offline, with drawn data:
 
     python -m siq_vl.evaluation.lmms.figures outputs/lmms/figures.parquet --count 100
-    python -m lmms_eval --include_path siq_vl/evaluation/lmms/tasks --tasks siq_vl_figures --batch_size 16 \\
+    python -m lmms_eval --include_path siq_vl/evaluation/lmms/tasks --tasks siq_vl_figures --batch_size 16 \
         --model siq_vl --model_args pretrained=outputs/tiny/stage3
 
 (The harness lists a plugin's tasks only after it has looked for those asked for, hence the path.) Answers are equal to

@@ -14,6 +14,7 @@ from siq_vl.evaluation.figures import held_out_items
 
 
 def main() -> None:
+    """Write the held-out figures as a file that the task reads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="the file")
     parser.add_argument(

@@ -193,8 +193,10 @@ def repetition(output: str) -> Row:
 
 
 def mixed_language(output: str, language: str = "en", known: str = "") -> Row:
-    """Whether an output is in another language, wholly or in part: a tenth of its letters in other scripts, or all of it
-    recognised as another language. This project's own, the rule that traces are filtered by.
+    """Say whether an output is in another language, wholly or in part.
+
+    That is, a tenth of its letters in other scripts, or all of it recognised as another language. This project's own,
+    the rule that traces are filtered by.
 
     Args:
         output: the whole output.

@@ -1,0 +1,355 @@
+"""Every command and every Python block of the README is run, in order, in a copy of the repo.
+
+A new command needs one line in `HOW`. What takes long gets options that make it short; what needs several machines or
+full-size backbones is planned (`--dry_run`) by the real parser; servers and the Hub are stood in for.
+"""
+
+import contextlib
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import CONTEXT
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+README = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
+SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Run:
+    """A script, or `accelerate launch` with one.
+
+    Attributes:
+        add: options that make it short, appended.
+        swap: what stands for something else in the README, and what is put in its place.
+        says: what it has to print.
+        launched: start it through `accelerate launch` itself, not only through its parser.
+    """
+
+    add: str = ""
+    swap: dict[str, str] = field(default_factory=dict)
+    says: str = ""
+    launched: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target of the Makefile, which has to run `runs`; what it runs is tested elsewhere."""
+
+    runs: str
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A line for a shell."""
+
+    swap: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Packages:
+    """An installation: the file has to name packages and versions, and those that are here have to be of these."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Serve:
+    """A server: it has to answer at `path`; on transformers 4 it has to refuse with `refusal`, if there is one."""
+
+    path: str
+    refusal: str = ""
+
+
+TINY = "--max_steps 2 --effective_batch_size 2 --dataloader_num_workers 0"
+PLAN = "--dry_run true"
+HOW = {
+    "python3 -m venv .venv && . .venv/bin/activate": Shell({"-m venv": "-m venv --without-pip"}),
+    "pip install -r requirements.txt": Packages("requirements.txt"),
+    'python ask.py docs/example.png "What is the difference between Mar and Jan?"': Run(says="answer: 17"),
+    'python ask.py docs/example.png "What is the difference between Mar and Jan?" --no_thinking': Run(says="answer: 2"),
+    "python -m siq_vl.data.figures gallery.png": Run(),
+    "make demo": Target("python demo.py"),
+    "make test": Target("python -m pytest"),
+    "make test-v5": Target("python -m pytest"),
+    "make test-majors": Target("tests/test_majors.py"),
+    "make doctor": Target("-m siq_vl.doctor"),
+    "make check": Target("mypy"),
+    "python benchmarks/anyres.py --count 300": Run("--count 5"),
+    "accelerate launch train_sft.py --stage 1": Run(TINY, launched=True),
+    "accelerate launch train_sft.py --stage 2": Run(TINY),
+    "python generate_traces.py --teacher figures --style structured --count 14720 --output outputs/tiny/traces": Run(
+        "--count 40"
+    ),
+    "accelerate launch train_distill.py": Run(TINY),
+    "python evaluate_vqa.py --model stage3=outputs/tiny/stage3": Run("--count 5 --max_new_tokens 8"),
+    "python train_sft.py --stage 1 --recipe siq-vl-0.5b --dry_run": Run(says="849,639,168"),
+    "accelerate launch train_sft.py --stage 2 --recipe siq-vl-0.5b --load_in_4bit true": Run(PLAN, says="38,863,744"),
+    "accelerate launch --config_file accelerate_configs/ddp.yaml train_sft.py --stage 1 --recipe siq-vl-0.5b": Run(
+        PLAN
+    ),
+    "accelerate launch --config_file accelerate_configs/ddp.yaml --num_machines 2 --num_processes 16 --machine_rank 0 "
+    "--main_process_ip HOST --main_process_port 29500 train_sft.py --stage 1 --recipe siq-vl-0.5b": Run(PLAN),
+    "python train_sft.py --stage 1 --recipe siq-vl-0.5b --random_weights true --sources figures": Run(
+        PLAN, says="random weights"
+    ),
+    "python -m siq_vl.doctor --recipe siq-vl-0.5b --stage 2 --random_weights true --sources figures": Run(
+        says="GiB predicted"
+    ),
+    "python -m siq_vl.sizes --language_model Qwen/Qwen2.5-1.5B-Instruct --lora_r 16": Run(says="Qwen2.5-1.5B"),
+    "python generate_traces.py --teacher figures --count 300": Run("--count 12", says="new traces"),
+    "python generate_traces.py --teacher transformers --model Qwen/Qwen3-VL-2B-Thinking --questions mine.jsonl": Run(
+        swap={"Qwen/Qwen3-VL-2B-Thinking": "."}, add="--trust_remote_code --max_new_tokens 64 --output outputs/local"
+    ),
+    "python generate_traces.py --teacher openai --model NAME --base_url http://a:8000/v1 http://b:8000/v1 "
+    "--questions mine.jsonl": Run(says="2 new traces"),
+    'python evaluate_vqa.py --model "stage 1=outputs/tiny/stage1" --model "stage 3=outputs/tiny/stage3" '
+    "--report page.html": Run("--count 5 --max_new_tokens 8"),
+    "python evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source path/to/ChartQA --split test": Run(
+        "--max_new_tokens 8 --output outputs/chartqa",
+        swap={"outputs/siq-vl-0.5b/stage3": "outputs/tiny/stage3", "path/to/ChartQA": "data/ChartQA"},
+    ),
+    "python serve.py outputs/tiny/stage3 --port 8000": Serve("/health", "only transformers 5 can serve pictures"),
+    "python export_idefics3.py outputs/tiny/stage3 outputs/idefics3 --widen_tower": Run(),
+    "accelerate launch train_sft.py --stage 1 --vision_tower backbones/siglip2-tiny "
+    "--language_model backbones/qwen2.5-tiny": Run(f"{TINY} --output_dir outputs/mine"),
+}
+# What the README leaves to its reader, in Python blocks.
+PLACES = {"path/to/siq-vl": "."}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands_of(block: str) -> list[str]:
+    lines = block.replace("\\\n", " ").splitlines()
+    commands = (re.sub(r"\s+#\s.*$", "", line) for line in lines if not line.lstrip().startswith("#"))
+    return [" ".join(command.split()) for command in commands if command.strip()]
+
+
+def steps() -> list[tuple[str, str]]:
+    """The README's commands and Python blocks, `(language, text)`, in its order."""
+    found = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [
+        (language, text)
+        for language, block in found
+        for text in (commands_of(block) if language == "bash" else [block])
+    ]
+
+
+def in_the_copy(folder: str, log: str, arguments: list[str]) -> None:
+    """What a process of its own does: run a script, a module (`-m`), a text (`-c`), or what accelerate would launch."""
+    os.chdir(folder)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "siq_vl"]:
+        del sys.modules[name]  # of the repo, where the process was made from one that has it
+    sys.path[:] = [folder, *(path for path in sys.path if path not in ("", str(REPO_ROOT)))]
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    import datasets
+    import huggingface_hub
+    from transformers import dynamic_module_utils
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    datasets.config.HF_DATASETS_CACHE = Path(folder, "cache", "datasets")
+    dynamic_module_utils.HF_MODULES_CACHE = str(Path(folder, "cache", "modules"))
+    if arguments[:2] == ["accelerate", "launch"]:
+        from accelerate.commands.launch import launch_command_parser
+
+        launch = launch_command_parser().parse_args(arguments[2:])
+        if launch.config_file and not Path(launch.config_file).is_file():
+            sys.exit(f"there is no {launch.config_file}")
+        arguments = [launch.training_script, *launch.training_script_args]
+    else:
+        arguments = arguments[1:]
+    sys.argv = arguments[1:] if arguments[0] == "-m" else arguments
+    if arguments[0] == "-c":
+        exec(compile(arguments[1], "README.md", "exec"), {"__name__": "__main__"})  # noqa: S102
+    elif arguments[0] == "-m":
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+class Copy:
+    """A copy of the repo, with the files that the README takes for granted."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__", ".*_cache", ".hypothesis", "*.log")
+        shutil.copytree(REPO_ROOT, folder, ignore=ignored)
+        picture = shutil.copy(folder / "docs" / "example.png", folder / "mine.png")
+        asked = [{"question": f"What is {n} + 2?", "image": Path(picture).name, "answer": str(n + 2)} for n in (3, 4)]
+        (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+        charts = folder / "data" / "ChartQA"
+        charts.mkdir(parents=True)
+        shutil.copy(picture, charts)
+        rows = [{"query": "How much is Mar?", "label": ["2"], "image": "mine.png"}]
+        (charts / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        album = [{"photo": "../mine.png", "asked": "What is shown?", "said": "A chart."}]
+        (folder / "data" / "album.jsonl").write_text("".join(json.dumps(row) + "\n" for row in album))
+
+    def start(self, arguments: list[str]):
+        log = self.folder / "step.log"
+        process = CONTEXT.Process(target=in_the_copy, args=(str(self.folder), str(log), arguments))
+        process.start()
+        return process, log
+
+    def run(self, arguments: list[str]) -> str:
+        process, log = self.start(arguments)
+        process.join(SECONDS)
+        if process.is_alive():
+            process.kill()
+        printed = log.read_text(errors="replace")
+        # 1 from the doctor says that something would break on this machine, and is an answer.
+        assert process.exitcode == 0 or (process.exitcode == 1 and "siq_vl.doctor" in arguments), printed[-3000:]
+        return printed
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Copy:
+    return Copy(tmp_path_factory.mktemp("readme") / "siq-vl")
+
+
+def swapped(text: str, swap: dict[str, str]) -> str:
+    for name, other in swap.items():
+        assert name in text
+        text = text.replace(name, other)
+    return text
+
+
+def run_command(copy: Copy, command: str, how: Run) -> None:
+    swap = dict(how.swap)
+    with contextlib.ExitStack() as stack:
+        if "http://a:8000/v1" in command:
+            from chat_server import serving
+
+            address = stack.enter_context(serving())[1]
+            swap |= {"http://a:8000/v1": address, "http://b:8000/v1": address}
+        arguments = shlex.split(f"{swapped(command, swap)} {how.add}")
+        if how.launched:
+            launcher = [sys.executable, "-m", "accelerate.commands.launch", *arguments[2:]]
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+            environment.pop("PYTHONPATH", None)
+            ran = subprocess.run(launcher, cwd=copy.folder, env=environment, capture_output=True, text=True)
+            assert ran.returncode == 0, ran.stderr[-3000:]
+            printed = ran.stdout + ran.stderr
+        else:
+            printed = copy.run(arguments)
+    assert how.says in printed
+
+
+def serve(copy: Copy, command: str, how: Serve) -> None:
+    import transformers
+
+    if how.refusal and transformers.__version__.startswith("4."):
+        process, log = copy.start(shlex.split(command))
+        process.join(SECONDS)
+        assert process.exitcode == 1 and how.refusal in log.read_text()
+        return
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process, log = copy.start(shlex.split(re.sub(r"(--port) \d+", rf"\1 {port}", command)))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        until = time.monotonic() + SECONDS
+        while True:
+            assert process.is_alive() and time.monotonic() < until, log.read_text()[-3000:]
+            with contextlib.suppress(OSError), opener.open(f"http://127.0.0.1:{port}{how.path}", timeout=5) as answer:
+                assert answer.status == 200
+                return
+            time.sleep(0.2)
+    finally:
+        process.kill()
+        process.join()
+
+
+def check_packages(path: str) -> None:
+    from packaging.requirements import Requirement
+
+    lines = [line.strip() for line in (REPO_ROOT / path).read_text().splitlines()]
+    named = {Requirement(line).name for line in lines if line and not line.startswith(("#", "-r"))}
+    assert {"torch", "transformers", "trl", "peft"} <= named
+
+
+@pytest.mark.parametrize(("language", "text"), steps(), ids=[" ".join(text.split())[:70] for _, text in steps()])
+def test_the_readme_runs(copy, language, text):
+    if language == "python":
+        for name, other in PLACES.items():
+            text = text.replace(name, other)
+        copy.run(["python", "-c", text])
+        return
+    how = HOW.get(text)
+    match how:
+        case None:
+            pytest.fail(f"the README has a command that no test runs; give it a line in HOW of this file: {text}")
+        case Run():
+            run_command(copy, text, how)
+        case Target():
+            told = subprocess.run(["make", "-n", *text.split()[1:]], cwd=copy.folder, capture_output=True, text=True)
+            assert told.returncode == 0 and how.runs in told.stdout, told.stderr
+        case Shell():
+            subprocess.run(["bash", "-ec", swapped(text, how.swap)], cwd=copy.folder, check=True)
+        case Packages():
+            check_packages(how.path)
+        case Serve():
+            serve(copy, text, how)
+
+
+def test_no_line_of_the_table_is_left_over():
+    assert HOW.keys() <= {text for language, text in steps() if language == "bash"}
+
+
+def test_inline_commands_exist():
+    """Commands in running text name scripts, modules and targets that are there."""
+    targets = set(re.findall(r"^([\w-]+):", (REPO_ROOT / "Makefile").read_text(), re.MULTILINE))
+    for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)):
+        if made := re.match(r"make ([\w-]+)", code):
+            assert made.group(1) in targets, code
+        if script := re.match(r"python (\S+\.py)", code):
+            assert (REPO_ROOT / script.group(1)).is_file(), code
+        if module := re.match(r"python -m (siq_vl[\w.]*)", code):
+            path = REPO_ROOT / module.group(1).replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), code
+
+
+def test_links_and_paths_exist():
+    linked = re.findall(r'\]\(([^)#\s]+)\)|src="([^"]+)"', README)
+    named = [path for line in README.splitlines() if line.startswith("| `") for path in re.findall(r"`([^`]+)`", line)]
+    paths = [path for pair in linked for path in pair if path and not path.startswith("http")]
+    assert "docs/architecture.svg" in paths and "LICENSE" in paths
+    for path in [*paths, *(name for name in named if "/" in name or "." in name)]:
+        assert (REPO_ROOT / path).exists(), path
+
+
+def test_the_recipe_shown_parses():
+    from siq_vl.training.recipes import DataArguments
+
+    for block in blocks("yaml"):
+        sources = DataArguments(**yaml.safe_load(block)).sources
+        assert [source.path for source in sources] == ["HuggingFaceM4/FineVision", "data/llava_instruct_150k.json"]
+
+
+def test_the_card_says_what_the_table_says():
+    card = yaml.safe_load(README.split("---\n")[1])
+    assert card["library_name"] == "transformers" and card["pipeline_tag"] == "image-text-to-text"
+    assert card["license"] == "apache-2.0" and "Apache License" in (REPO_ROOT / "LICENSE").read_text()
+    (result,) = card["model-index"][0]["results"]
+    (overall,) = re.findall(r"^\| all +\| 900 \|.*\| +([\d.]+) ± [\d.]+ \|$", README, re.MULTILINE)
+    assert result["metrics"][0]["value"] == float(overall)
