@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV5 ?= .venv5
 
-.PHONY: demo doctor test test-v5 test-majors check lint types coverage clean
+.PHONY: demo app doctor test test-v5 test-app test-majors check lint types coverage clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python demo.py
@@ -15,12 +15,21 @@ STAGE ?= 1
 doctor: $(VENV)/.ready
 	$(VENV)/bin/python -m siq_vl.doctor --recipe $(RECIPE) --stage $(STAGE)
 
+# A page to talk to the checkpoint that the repo is: `make app`, then the address that it prints.
+app: $(VENV)/.app
+	$(VENV)/bin/python app.py
+
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest
 
 # The same tests, and those of what only transformers 5 has.
 test-v5: $(VENV5)/.ready
 	$(VENV5)/bin/python -m pytest
+
+# The page in a headless browser, on both majors; needs Chromium (Debian: apt-get install chromium).
+test-app: $(VENV)/.app $(VENV5)/.app
+	SIQ_VL_NEED_BROWSER=1 $(VENV)/bin/python -m pytest tests/test_app.py tests/test_page.py
+	SIQ_VL_NEED_BROWSER=1 $(VENV5)/bin/python -m pytest tests/test_app.py tests/test_page.py
 
 # Checkpoints written by one major, read and saved again by the other, read by the first; in both directions.
 test-majors: $(VENV)/.ready $(VENV5)/.ready
@@ -60,6 +69,10 @@ $(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
 $(VENV5)/.ready: requirements-v5.txt
 	$(PYTHON) -m venv $(VENV5)
 	$(VENV5)/bin/python -m pip install -q --disable-pip-version-check -r requirements-v5.txt
+	touch $@
+
+$(VENV)/.app $(VENV5)/.app: %/.app: %/.ready requirements-app.txt
+	$*/bin/python -m pip install -q --disable-pip-version-check -r requirements-app.txt
 	touch $@
 
 clean:

@@ -1,0 +1,63 @@
+"""
+A page to talk to checkpoints about pictures.
+
+    python app.py
+    python app.py --model outputs/tiny/stage3
+    python app.py --model "stage 2=outputs/tiny/stage2" --model "stage 3=outputs/tiny/stage3"
+
+The reasoning streams, the answer stands apart, and each part of both shows where in the picture the model looked while it
+wrote it. Several checkpoints answer side by side. Without `--model` the checkpoint is the repo itself.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from siq_vl import cli
+from siq_vl.loading import load_checkpoint
+from siq_vl.page.layout import build_page, launch_options
+from siq_vl.page.streaming import Talker
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", metavar="[NAME=]CHECKPOINT", help="repeat to compare several")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="bound on reasoning and answer together")
+    parser.add_argument("--at_once", type=int, default=2, help="answers of one checkpoint under way at the same time")
+    parser.add_argument("--port", type=int, help="by default the first free one from 7860")
+    options = parser.parse_args()
+    for name in ("max_new_tokens", "at_once"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    options.model = checkpoints(options.model or [f"SiQ-VL={Path(__file__).resolve().parent}"])
+    return options
+
+
+def checkpoints(given: list[str]) -> Mapping[str, str]:
+    """Return checkpoints by name; one without a name is called like its folder.
+
+    Raises:
+        ValueError: a name or a checkpoint is empty, or two have the same name.
+    """
+    named = [text.split("=", 1) if "=" in text else (Path(text).name, text) for text in given]
+    for (name, path), text in zip(named, given, strict=True):
+        if not name.strip() or not path:
+            raise ValueError(
+                f"--model is {text!r}; write it as NAME=CHECKPOINT, for instance stage3=outputs/tiny/stage3"
+            )
+    if len(dict(named)) < len(named):
+        raise ValueError(
+            f"--model names {', '.join(name for name, _ in named)}; give each checkpoint a name of its own"
+        )
+    return dict(named)
+
+
+def main() -> None:
+    options = parse_options()
+    talkers = [Talker(name, *load_checkpoint(path), options.max_new_tokens) for name, path in options.model.items()]
+    page = build_page(talkers, options.at_once)
+    page.launch(server_port=options.port, **launch_options())
+
+
+if __name__ == "__main__":
+    cli.run(main)

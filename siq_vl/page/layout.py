@@ -1,0 +1,168 @@
+"""The Gradio page: a picture, a question, and a card for each checkpoint's answer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+from gradio.data_classes import ImageData
+from PIL import Image
+
+from siq_vl.data.figures.dataset import Sample, sample
+from siq_vl.data.images import decode_image
+from siq_vl.page.cards import card, empty_card, picture_address
+from siq_vl.page.streaming import Talker
+
+_STYLE = Path(__file__).with_name("style.css")
+_FONT = ("ui-sans-serif", "system-ui", "sans-serif")  # of the reader's own machine: nothing is fetched
+_MONO = ("ui-monospace", "monospace")
+_STOP = "() => document.querySelectorAll('.siq-card:not([data-state=done], [data-state=idle])').forEach(c => c.dataset.state = 'stopped')"
+# Figures of the test split, by domain and place, whose questions take more than one step.
+_EXAMPLES = (("scenes", 14), ("charts", 2), ("documents", 9), ("scenes", 10), ("charts", 0), ("documents", 4))
+_LARGEST_FILE = "20mb"
+
+
+class Upload(NamedTuple):
+    """A file that somebody uploaded, and what they call it."""
+
+    path: Path
+    name: str
+
+    def open(self) -> Image.Image:
+        """Return the picture; errors as of `decode_image`."""
+        return decode_image(self.path, self.name)
+
+
+def _received(payload: ImageData | None) -> Upload | None:
+    """Take what the picture box sends; Gradio has checked that the path is that of an upload, and opens nothing here."""
+    return None if payload is None or payload.path is None else Upload(Path(payload.path), payload.orig_name or "it")
+
+
+def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
+    """Return the page.
+
+    Args:
+        talkers: the checkpoints, each with a card of its own.
+        at_once: answers of one checkpoint under way at the same time; further ones wait in Gradio's queue.
+    """
+    examples = held_out_examples()
+    with gr.Blocks(title="SiQ-VL", analytics_enabled=False) as page:
+        gr.HTML(
+            "<div class='siq-head'><h1>SiQ-VL</h1><p>Ask about a picture, and watch the model reason before it answers.</p></div>"
+        )
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=320):
+                picture = gr.Image(
+                    examples[0].image, show_label=False, sources=["upload", "clipboard"], height=270, elem_id="picture",
+                    format="png", buttons=[],
+                )  # fmt: skip
+                picture.preprocess = _received  # so that files are opened, and refused, by `siq_vl.data.images`
+                question = gr.Textbox(
+                    examples[0].question.text, label="Question", lines=2, max_lines=4, elem_id="question"
+                )
+                thinking = gr.Checkbox(True, label="Think step by step first", elem_id="thinking")
+                with gr.Row():
+                    ask = gr.Button("Ask", variant="primary", scale=3, min_width=160, elem_id="ask")
+                    stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
+            with gr.Column(scale=4 + 4 * len(talkers), min_width=320), gr.Row(equal_height=False):
+                cards = [gr.HTML(empty_card(talker.name), elem_classes="siq-slot") for talker in talkers]
+        with gr.Column(elem_id="examples"):
+            gr.Examples(
+                [[drawn.image, drawn.question.text] for drawn in examples], [picture, question],
+                label="Examples: drawings that no training showed",
+            )  # fmt: skip
+        picture.upload(_checked_upload, picture, picture, show_progress="hidden", api_visibility="private")
+        asked = gr.on(
+            [ask.click, question.submit],
+            _check,
+            [picture, question],
+            None,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        answers = [
+            asked.success(
+                _answering(talker), [picture, question, thinking], its_card, concurrency_limit=at_once,
+                concurrency_id=f"answer {place}", show_progress="minimal", api_visibility="private",
+            )
+            for place, (talker, its_card) in enumerate(zip(talkers, cards, strict=True))
+        ]  # fmt: skip
+        stop.click(None, cancels=answers, js=_STOP)
+    return page
+
+
+def launch_options() -> dict[str, Any]:
+    """Return what `Blocks.launch` needs: nothing is fetched from elsewhere, and no API beside the page is offered."""
+    return {
+        "theme": _theme(),
+        "css_paths": [_STYLE],
+        "footer_links": [],
+        "max_file_size": _LARGEST_FILE,
+        "ssr_mode": False,
+    }
+
+
+def held_out_examples() -> list[Sample]:
+    """Return drawn figures that no training showed, with their questions."""
+    return [sample("test", place, domain=domain, hard=False) for domain, place in _EXAMPLES]
+
+
+def _theme() -> gr.themes.Base:
+    theme = gr.themes.Soft(primary_hue="orange", neutral_hue="slate", font=_FONT, font_mono=_MONO)
+    plain = {"background_fill": "transparent", "text_color": "*body_text_color_subdued"}
+    return theme.set(
+        **{f"block_title_{what}{mode}": value for what, value in plain.items() for mode in ("", "_dark")},
+        body_background_fill="*neutral_50",
+        body_text_color_subdued="*neutral_500",
+        block_border_width="1px",
+        block_shadow="none",
+        block_radius="14px",
+    )
+
+
+def _answering(talker: Talker) -> Callable[[Upload, str, bool], Iterator[str]]:
+    def answer(upload: Upload, question: str, thinking: bool) -> Iterator[str]:
+        image = upload.open()
+        address = picture_address(image)
+        try:
+            for output in talker.stream(image, question, thinking):
+                yield card(talker.name, address, image.width / image.height, question, output)
+        except ValueError as error:
+            raise _kind(error) from error
+
+    return answer
+
+
+def _check(upload: Upload | None, question: str) -> None:
+    """Refuse what no checkpoint can answer, once for all of them."""
+    if upload is None:
+        raise gr.Error(
+            "There is no picture yet: drop one into the box, or take an example.",
+            title="No picture",
+            print_exception=False,
+        )
+    if not question.strip():
+        raise gr.Error(
+            "The question is empty: ask something about the picture.", title="No question", print_exception=False
+        )
+    try:
+        upload.open()
+    except ValueError as error:
+        raise _kind(error) from error
+
+
+def _checked_upload(upload: Upload | None) -> Any:
+    """Take a file that is no picture out of the box again, and say why."""
+    try:
+        if upload is not None:
+            upload.open()
+    except ValueError as error:
+        gr.Warning(escape(str(error)), title="Not a picture")
+        return None
+    return gr.skip()
+
+
+def _kind(error: ValueError) -> gr.Error:
+    """Return an error that the page shows. Gradio reads messages as HTML, and this one may hold a file's name."""
+    return gr.Error(escape(str(error)), title="That did not work", print_exception=False)
