@@ -127,20 +127,13 @@ def losses_of(options: argparse.Namespace, name: str, items: Sequence[Item], mod
     }
 
 
-def tell_before_after(
-    options: argparse.Namespace, answers: Mapping[str, Sequence[kept.Prediction]], losses: Mapping
+def tell(
+    options: argparse.Namespace,
+    items: Sequence[Item],
+    answers: Mapping[str, Sequence[kept.Prediction]],
+    losses: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> None:
-    """Print the first model beside the last, and write it into the last one's model card."""
-    table = before_after({name: ordinary(made) for name, made in answers.items()}, losses)
-    print(f"\n{table}")
-    if options.card:
-        name, checkpoint = list(options.model.items())[-1]
-        write_card(Path(checkpoint), before_after=table)
-        print(f"\nwritten into the model card of {name}: {Path(checkpoint) / 'README.md'}")
-
-
-def tell(options: argparse.Namespace, items: Sequence[Item], answers: Mapping[str, Sequence[kept.Prediction]]) -> None:
-    """Print the table, the comparisons and the faults, and write the page."""
+    """Print the tables, the comparisons and the faults; write the page, and the last model's card."""
     lines = [
         comparison_line(f"{second} over {first}", *same_questions(ordinary(answers[first]), ordinary(answers[second])))
         for first, second in pairwise(answers)
@@ -148,8 +141,17 @@ def tell(options: argparse.Namespace, items: Sequence[Item], answers: Mapping[st
     faults = fault_report(answers)
     print(f"\n{accuracy_table(answers)}")
     print("".join(f"\n{line}" for line in (*lines, *faults.splitlines())))
+    tables = {}
+    if options.before_after:
+        table = before_after({name: ordinary(made) for name, made in answers.items()}, losses)
+        tables["Before and after"] = table
+        print(f"\n{table}")
+    if options.card:
+        folder = Path(list(options.model.values())[-1])
+        write_card(folder, before_after=table)
+        print(f"\nmodel card: {folder / 'README.md'}")
     if options.report is not None:
-        write_report(options.report, items, answers, notes=[*lines, *faults.splitlines()])
+        write_report(options.report, items, answers, tables, notes=[*lines, *faults.splitlines()])
         print(f"\npage: {options.report}")
 
 
@@ -181,9 +183,7 @@ def main() -> None:
             )
             print(f"\n{name}\n\n{caption_table(scores, len(pictures))}")
     if first:
-        tell(options, items, answers)
-        if options.before_after:
-            tell_before_after(options, answers, losses)
+        tell(options, items, answers, losses)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ sys.path.insert(0, str(REPO_ROOT))
 from siq_vl.configuration_siq_vl import SiQVLConfig  # noqa: E402
 from siq_vl.data.collation import IGNORED  # noqa: E402
 from siq_vl.data.conversations import message  # noqa: E402
-from siq_vl.data.packing import PackingCollator, padding_share  # noqa: E402
+from siq_vl.data.packing import SDPA_BY_SAMPLE, PackingCollator, padding_share  # noqa: E402
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration  # noqa: E402
 from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402
 from siq_vl.training.recipes import parse_recipe  # noqa: E402
@@ -117,7 +117,7 @@ def prepare(ways: dict, steps: list[list[dict]], model, collate, pixels: bool, i
 
     prepared = {}
     for name, (at_once, budget) in ways.items():
-        make = PackingCollator(encode, budget, image_token_id) if budget else encode
+        make = PackingCollator(encode, budget, image_token_id, SDPA_BY_SAMPLE) if budget else encode
         prepared[name] = [[make(s[i : i + at_once]) for i in range(0, len(s), at_once)] for s in steps]
     return prepared
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
@@ -70,6 +71,13 @@ def data_cache(tmp_path_factory):
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def own_precision(monkeypatch):
+    """No test computes in the precision of one before it, which accelerate keeps for the whole process."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

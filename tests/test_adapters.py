@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -19,15 +18,6 @@ from siq_vl.training.run import make_trainer, train_and_save
 from siq_vl.training.stages import count_parameters, freeze_for_stage
 
 SHORT = ("--max_steps", "3", "--effective_batch_size", "4", "--logging_steps", "1", "--dataloader_num_workers", "0")
-
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    """Settings that another test left in this process must not choose the precision of this one."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_measures_are_kept_logged_and_drawn(watched):
 
 
 def test_the_questions_are_of_every_style_and_domain(store, tmp_path):
-    recipe = parse(REPO_ROOT, store, tmp_path, "--emergence_steps", "1", "--emergence_count", "12", "--teachers")
+    recipe = parse(REPO_ROOT, store, tmp_path, "--emergence_steps", "1", "--emergence_count", "12")
     recipe.traces.teachers = []  # every teacher of the store
     rows = watched_rows(recipe, traces_for_stage(recipe, None))
     expected = [list(training_rows("validation", 12, "reason", style=style)) for style in STYLES[:2]]

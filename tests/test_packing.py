@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 
+from siq_vl.data import packing
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.conversations import message
 from siq_vl.data.packing import PackingCollator, check_attention, fill, first_fit_decreasing, padding_share
@@ -264,7 +265,7 @@ def draw(batch):
 
 recipe = parse_recipe(("1",), ["--stage", "1", "--output_dir", folder, "--max_steps", "4", "--effective_batch_size", "8",
     "--per_device_train_batch_size", "2", "--logging_steps", "1", "--warmup_steps", "0", "--learning_rate", "1e-2",
-    "--bf16", "false", "--dataloader_num_workers", "0", "--batching", batching, "--pack_tokens", "120", "--optim", "sgd",
+    "--bf16", "false", "--dataloader_num_workers", "0", "--batching", batching, "--pack_tokens", "60", "--optim", "sgd",
     "--pack_buffer", "2"])
 model, processor = load_for_stage(recipe)
 rows = Dataset.from_dict({"index": range(16)}).with_transform(draw)
@@ -321,3 +322,23 @@ def test_batches_of_like_length_are_padded_less_and_the_same_after_a_resume(samp
     with pytest.raises(ValueError, match="a stream's lengths are not known"):
         stream = IterableDataset.from_generator(lambda: iter(samples))
         make_trainer(recipe_for("1", tmp_path, *overrides), make_model(), processor, stream)
+
+
+def test_sdpa_attends_sample_by_sample(samples, make_model, processor, monkeypatch):
+    model, widths, sdpa = make_model(), [], packing.sdpa_attention_forward
+
+    def spy(module, query, *arguments, **options):
+        widths.append(query.shape[2])
+        return sdpa(module, query, *arguments, **options)
+
+    monkeypatch.setattr(packing, "sdpa_attention_forward", spy)
+    (row,) = packed_rows(processor, samples, 100_000, attention=packing.SDPA_BY_SAMPLE)
+    config = model.language_model.config
+    with torch.no_grad():
+        whole = model(**row).logits
+        assert not widths
+        with packing.attend_by_sample(config):
+            apart = model(**row).logits
+    assert widths == row["sample_lengths"] * config.num_hidden_layers
+    assert config._attn_implementation == "sdpa"
+    torch.testing.assert_close(apart, whole, rtol=1e-5, atol=1e-5)

@@ -119,7 +119,7 @@ def before_after(
         ("- expected by chance", lambda name: 100 * summaries[name].by_chance, 2),
         ("ROUGE-L against the teacher's rationale", lambda name: summaries[name].rouge_l, 3),
         ("average loss of the teacher's trace, nats a token", lambda name: _mean_loss(losses, name, "trace"), 3),
-        ("average loss of the gold answer alone, nats a token", lambda name: _mean_loss(losses, name, "answer"), 3),
+        ("- of the gold answer without tags or rationale", lambda name: _mean_loss(losses, name, "answer"), 3),
         ("correct rate", lambda name: _mean([float(p.correct) for p in predictions[name] if p.scored]), 4),
     ]
     names = list(predictions)

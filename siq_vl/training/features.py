@@ -1,6 +1,7 @@
 """Whether a run reads the frozen vision tower's features from a store."""
 
 import logging
+import os
 
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
@@ -85,7 +86,7 @@ def rows_with_features(
             model,
             processor,
             settings,
-            bf16=training.bf16,
+            bf16=_autocasts(recipe),
             device=training.device,
             workers=training.dataloader_num_workers,
         )
@@ -96,6 +97,11 @@ def rows_with_features(
         return rows
 
 
+def _autocasts(recipe: Recipe) -> bool:
+    """Whether training computes in bfloat16: the recipe says so, or `accelerate launch` does."""
+    return recipe.training.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+
+
 def _does_not_pay(
     recipe: Recipe, model: SiQVLForConditionalGeneration, processor: SiQVLProcessor, rows: Dataset
 ) -> str | None:
@@ -104,7 +110,7 @@ def _does_not_pay(
     if read > 1:
         logger.info("vision features are stored: each of %d rows is read %.3g times", distinct, read)
         return None
-    store = store_of(model, processor, recipe.features, recipe.training.bf16, create=False)
+    store = store_of(model, processor, recipe.features, _autocasts(recipe), create=False)
     share = gather_object([share_stored(rows, store) if store is not None else 0.0])[0]  # all processes do the same
     if share >= _SHARED:
         logger.info("vision features are read: %.0f%% of the pictures are stored from another run", 100 * share)

@@ -129,6 +129,8 @@ def make_trainer(
     model.config.get_text_config().pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     peft_config = freeze_for_stage(model, recipe.stage, recipe.adapter)
+    if isinstance(rows, IterableDataset):  # each process reads its own: batches of unlike sizes cannot be cut up
+        training.accelerator_config.dispatch_batches = False
     rows = rows_with_features(recipe, model, processor, rows)
     collate: Callable = ConversationCollator(processor, training.max_length)
     lengths = None
