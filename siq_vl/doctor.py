@@ -39,6 +39,8 @@ TASKS = {"1": "caption", "2": "answer", "3": "reason"}
 # The prediction leaves out transient tensors and what the framework itself takes.
 _USABLE = 0.9
 _HUB_SECONDS = 5.0
+# Without these there is nothing more to find out.
+_NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "pillow", "jinja2", "pyyaml")
 _UNLIMITED = 2**60  # cgroup v1 writes a huge number where v2 writes "max"
 
 
@@ -357,9 +359,8 @@ def check_disk(recipe: "Recipe") -> Finding:
 def examine(stage: str, name: str, overrides: list[str]) -> Iterator[Finding]:
     """Yield every finding; without the packages that the rest is made of, only what can be said."""
     yield check_python()
-    packages = list(check_packages(requirements_file()))
-    yield from packages
-    if any(finding.level == PROBLEM for finding in packages):
+    yield from check_packages(requirements_file())
+    if any(installed_version(package) is None for package in _NEEDED):
         return
     from huggingface_hub.constants import ENDPOINT
 

@@ -54,9 +54,10 @@ def load_checkpoint(path: str, bits: int | None = None) -> tuple[SiQVLForConditi
     if bits is None:
         model = SiQVLForConditionalGeneration.from_pretrained(path).to(device)
     else:
+        # Said in so many words: beside bitsandbytes' weights transformers 4 would take float16 for all others.
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = SiQVLForConditionalGeneration.from_pretrained(
-            path, quantization_config=quantized(bits, torch.float32 if device.type == "cpu" else torch.bfloat16),
-            device_map={"": device},
-        )  # fmt: skip
+            path, quantization_config=quantized(bits, dtype), dtype=dtype, device_map={"": device}
+        )
     # transformers 5 would ask on the terminal before it reads the tokenizer of a repository that has code files.
     return model.eval(), SiQVLProcessor.from_pretrained(path, trust_remote_code=True)

@@ -236,11 +236,12 @@ def transient_memory(
     text, vision, size = config.text_config, config.vision_config, 2 if bf16 else 4
     inner, hidden = text.intermediate_size, text.hidden_size
     cast = size if bf16 and not bf16_weights else 0  # copies of frozen float32 weights
-    tile = min(supervised, _TILE[0]) * min(text.vocab_size, _TILE[1])
-    copies = size + 8 * 4 if device == "cpu" else size
-    head = tile * copies + supervised * hidden * (4 + size) + min(text.vocab_size, _TILE[1]) * hidden * cast
-    if bf16:  # the tile's gradient product is taken in float32 on a CPU
-        head += tile * 4 + min(text.vocab_size, _TILE[1]) * hidden * 4 if device == "cpu" else 0
+    entries = min(text.vocab_size, _TILE[1])
+    tile = min(supervised, _TILE[0]) * entries
+    working = tile * size
+    if device == "cpu":  # eight float32 tiles for the gradient of the logits; then, of bfloat16 ones, float32 copies
+        working += max(tile * 8 * 4, (tile + entries * hidden) * 4 if bf16 else 0)
+    head = working + supervised * hidden * (4 + size) + entries * hidden * cast
     backward = tokens * (3 * inner * size + 2 * hidden * 4) + (inner * hidden * size if nf4 else 0)
     patches = batch_size * (vision.image_size // vision.patch_size) ** 2
     stream = 2 if bf16_weights else 4

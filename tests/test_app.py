@@ -309,17 +309,17 @@ def test_two_checkpoints_answer_side_by_side(visit, put, serve, talker):
     keep(page, "two")
 
 
-def test_only_what_was_uploaded_is_opened(serve, talker):
+@pytest.mark.parametrize("marked", [True, False], ids=["as a file", "unmarked"])
+def test_only_what_was_uploaded_is_opened(serve, talker, marked):
     address = serve(talker)
     (check,) = [place for place, event in serve.pages[-1].fns.items() if event.name == "_check"]
-    body = {
-        "fn_index": check,
-        "session_hash": "stranger",
-        "data": [{"path": str(REPO_ROOT / "docs" / "app.png")}, "Why?"],
-    }
+    upload = {"path": str(REPO_ROOT / "docs" / "app.png")}
+    if marked:
+        upload["meta"] = {"_type": "gradio.FileData"}
+    body = {"fn_index": check, "session_hash": f"stranger {marked}", "data": [upload, "Why?"]}
     headers = {"Content-Type": "application/json"}
     urlopen(Request(f"{address}gradio_api/queue/join", json.dumps(body).encode(), headers)).close()
-    with urlopen(f"{address}gradio_api/queue/data?session_hash=stranger", timeout=30) as events:
+    with urlopen(f"{address}gradio_api/queue/data?session_hash=stranger%20{marked}", timeout=30) as events:
         (done,) = [line for line in events if b"process_completed" in line]
     assert json.loads(done.removeprefix(b"data: "))["success"] is False
 

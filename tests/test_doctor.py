@@ -12,7 +12,6 @@ from siq_vl import doctor
 from siq_vl.doctor import GIB, NOTE, OK, PROBLEM
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
-FULL_SIZE = ["--random_weights", "true", "--sources", "figures"]
 
 
 @pytest.fixture(autouse=True)
@@ -122,17 +121,17 @@ def test_a_stage_that_fits():
 def test_the_first_change_that_fits_is_named(monkeypatch, pick, share, expected):
     """Every change is held against the prediction: the one named fits, and none before it does."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "bitsandbytes" or None)
-    overrides = [*FULL_SIZE, "--per_device_train_batch_size", "8", "--gradient_checkpointing", "false"]
-    recipe = doctor.parse("2", "siq-vl-0.5b", overrides)
+    overrides = ["--per_device_train_batch_size", "8", "--gradient_checkpointing", "false"]
+    recipe = doctor.parse("2", "tiny", overrides)
     predict = doctor.memory_of(recipe)
     needed = {}
     for options in doctor.changes(recipe):
-        changed = doctor.parse("2", "siq-vl-0.5b", [*overrides, *options])
-        assert changed.training.train_batch_size * changed.training.gradient_accumulation_steps == 128
+        changed = doctor.parse("2", "tiny", [*overrides, *options])
+        assert changed.training.train_batch_size * changed.training.gradient_accumulation_steps == 32
         needed[" ".join(options)] = predict(changed)
     batches = [size for options, size in needed.items() if options.startswith("--per_device")]
     free = int(share * pick(batches) / doctor._USABLE)
-    finding = doctor.check_memory("2", "siq-vl-0.5b", overrides, free, "here")
+    finding = doctor.check_memory("2", "tiny", overrides, free, "here")
     assert finding.level == PROBLEM and expected in finding.fix
     fitting = [options for options, size in needed.items() if size <= doctor._USABLE * free]
     assert finding.fix.startswith(fitting[0] if fitting else "no setting of this recipe fits")

@@ -9,6 +9,7 @@ from trl.trainer import utils
 
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.figures.rows import assistant_turn, user_turn
+from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.trainer import SiQVLTrainer
 
 
@@ -103,3 +104,8 @@ def test_a_frozen_tower_keeps_nothing(make_model, make_image, processor, tmp_pat
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
         f"model.projector.linear.{name}" for name in ("weight", "bias")
     }
+
+
+def test_liger_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="use_liger_kernel is true, but Liger has no kernels for this model type"):
+        parse_recipe(("1",), ["--use_liger_kernel", "true", "--output_dir", str(tmp_path)])

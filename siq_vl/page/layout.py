@@ -1,16 +1,16 @@
 """The Gradio page: a picture, a question, and a card for each checkpoint's answer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
-from gradio.data_classes import ImageData
+from gradio.utils import get_upload_folder
 from PIL import Image
 
 from siq_vl.data.figures.dataset import Sample, sample
-from siq_vl.data.images import decode_image
+from siq_vl.data.images import decode_image, find_under
 from siq_vl.page.cards import card, empty_card, picture_address
 from siq_vl.page.streaming import Talker
 
@@ -23,20 +23,21 @@ _EXAMPLES = (("scenes", 14), ("charts", 2), ("documents", 9), ("scenes", 10), ("
 _LARGEST_FILE = "20mb"
 
 
-class Upload(NamedTuple):
-    """A file that somebody uploaded, and what they call it."""
-
-    path: Path
-    name: str
-
-    def open(self) -> Image.Image:
-        """Return the picture; errors as of `decode_image`."""
-        return decode_image(self.path, self.name)
+# What the picture box sends, or None where it is empty. By `preprocess=False` Gradio opens nothing, so that files are
+# opened, and refused, here.
+Upload = Mapping[str, Any]
 
 
-def _received(payload: ImageData | None) -> Upload | None:
-    """Take what the picture box sends; Gradio has checked that the path is that of an upload, and opens nothing here."""
-    return None if payload is None or payload.path is None else Upload(Path(payload.path), payload.orig_name or "it")
+def _opened(upload: Upload) -> Image.Image:
+    """Return the uploaded picture; errors as of `decode_image`, with the name that the user knows.
+
+    The path comes from the browser, and Gradio checks it only where the request says that it is a file's.
+    """
+    try:
+        path = find_under(str(upload.get("path")), [Path(get_upload_folder())])
+    except OSError as error:
+        raise ValueError("the picture is no upload of this page: drop it into the box again") from error
+    return decode_image(path, upload.get("orig_name") or "the file")
 
 
 def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
@@ -57,7 +58,6 @@ def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
                     examples[0].image, show_label=False, sources=["upload", "clipboard"], height=270, elem_id="picture",
                     format="png", buttons=[],
                 )  # fmt: skip
-                picture.preprocess = _received  # so that files are opened, and refused, by `siq_vl.data.images`
                 question = gr.Textbox(
                     examples[0].question.text, label="Question", lines=2, max_lines=4, elem_id="question"
                 )
@@ -72,19 +72,13 @@ def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
                 [[drawn.image, drawn.question.text] for drawn in examples], [picture, question],
                 label="Examples: drawings that no training showed",
             )  # fmt: skip
-        picture.upload(_checked_upload, picture, picture, show_progress="hidden", api_visibility="private")
-        asked = gr.on(
-            [ask.click, question.submit],
-            _check,
-            [picture, question],
-            None,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        event = {"preprocess": False, "api_visibility": "private"}
+        picture.upload(_checked_upload, picture, picture, show_progress="hidden", **event)
+        asked = gr.on([ask.click, question.submit], _check, [picture, question], None, show_progress="hidden", **event)
         answers = [
             asked.success(
-                _answering(talker), [picture, question, thinking], its_card, concurrency_limit=at_once,
-                concurrency_id=f"answer {place}", show_progress="minimal", api_visibility="private",
+                _answering(talker), [picture, question, thinking], its_card, show_progress="minimal",
+                concurrency_limit=at_once, concurrency_id=f"answer {place}", **event,
             )
             for place, (talker, its_card) in enumerate(zip(talkers, cards, strict=True))
         ]  # fmt: skip
@@ -123,7 +117,7 @@ def _theme() -> gr.themes.Base:
 
 def _answering(talker: Talker) -> Callable[[Upload, str, bool], Iterator[str]]:
     def answer(upload: Upload, question: str, thinking: bool) -> Iterator[str]:
-        image = upload.open()
+        image = _opened(upload)
         address = picture_address(image)
         try:
             for output in talker.stream(image, question, thinking):
@@ -147,7 +141,7 @@ def _check(upload: Upload | None, question: str) -> None:
             "The question is empty: ask something about the picture.", title="No question", print_exception=False
         )
     try:
-        upload.open()
+        _opened(upload)
     except ValueError as error:
         raise _kind(error) from error
 
@@ -156,7 +150,7 @@ def _checked_upload(upload: Upload | None) -> Any:
     """Take a file that is no picture out of the box again, and say why."""
     try:
         if upload is not None:
-            upload.open()
+            _opened(upload)
     except ValueError as error:
         gr.Warning(escape(str(error)), title="Not a picture")
         return None

@@ -244,15 +244,9 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
     keep_effective_batch(training, run.effective_batch_size)
     arrange_batches(training, run)
     _check_checkpoints(training)
+    _check_kernels(training)
     if traces is not None:
-        if [source.path for source in data.sources] != [FIGURES]:
-            raise ValueError("stage 3 learns from traces, not from sources: set traces and teachers instead")
-        _check_validation(training, traces)
-        if traces.curriculum != "none" and run.batching == "length_grouped":
-            raise ValueError(
-                f"curriculum is {traces.curriculum!r} and batching is length_grouped, and each orders the rows: drop one of "
-                "the two"
-            )
+        _check_traces(traces, training, data, run)
     hub = _take_hub_arguments(training)
     config = path.stem.partition("-")[2]
     return Recipe(chosen.stage, chosen.recipe, model, adapter, data, training, run, hub, features, traces, config)
@@ -339,7 +333,14 @@ def _check_checkpoints(training: SFTConfig) -> None:
         )
 
 
-def _check_validation(training: SFTConfig, traces: TraceArguments) -> None:
+def _check_traces(traces: TraceArguments, training: SFTConfig, data: DataArguments, run: RunArguments) -> None:
+    if [source.path for source in data.sources] != [FIGURES]:
+        raise ValueError("stage 3 learns from traces, not from sources: set traces and teachers instead")
+    if traces.curriculum != "none" and run.batching == "length_grouped":
+        raise ValueError(
+            f"curriculum is {traces.curriculum!r} and batching is length_grouped, and each orders the rows: drop one of the "
+            "two"
+        )
     evaluates = training.eval_strategy != "no"
     if evaluates and not traces.validation_share:
         raise ValueError(
@@ -355,6 +356,14 @@ def _check_validation(training: SFTConfig, traces: TraceArguments) -> None:
         )
     # How often there was no improvement is a part of the run: it goes on with it.
     training.restore_callback_states_from_checkpoint = True
+
+
+def _check_kernels(training: SFTConfig) -> None:
+    if training.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel is true, but Liger has no kernels for this model type and would change nothing: drop it; "
+            "the output layer is fused without it"
+        )
 
 
 def _take_hub_arguments(training: SFTConfig) -> HubArguments:
