@@ -140,7 +140,8 @@ def predicted_peak(options, setting: Setting):
     )
 
 
-def main() -> None:
+def parse_options():
+    """Return the options of the command line."""
     parser = common.parser_of(__doc__)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, default=384, help="tokens of a row, image tokens included")
@@ -151,6 +152,11 @@ def main() -> None:
     options = common.prepare(parser.parse_args())
     if options.quick:
         options.length, options.supervised, options.batch_sizes = 48, 8, [2]
+    return options
+
+
+def main() -> None:
+    options = parse_options()
     logging.disable(logging.WARNING)
     methods = list(METHODS) if not options.quick else ["stage 1", "LoRA"]  # NF4 wants layers of 64 inputs
     print(f"{common.environment(options)}\nrows of {options.length} tokens, {options.supervised} of them supervised\n")

@@ -105,3 +105,16 @@ def test_the_largest_batch_fits_and_the_next_does_not(make_config):
     assert fits.largest_batch(run, config, sizes, limit) == 8
     assert fits.predicted(run, config, sizes, 16) > limit
     assert fits.largest_batch(run, config, sizes, 1000) == 0
+
+
+@pytest.mark.parametrize(("method", "checkpointing"), [("stage 1", False), ("LoRA", True)])
+def test_predicted_memory_is_within_a_tenth_of_the_measured_peak(method, checkpointing, monkeypatch, tmp_path):
+    import memory
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["memory", "--repetitions", "1"])
+    options = memory.parse_options()
+    options.length, options.supervised = 256, 48
+    setting = memory.Setting(method, checkpointing, 1)
+    predicted = memory.predicted_peak(options, setting).total
+    assert predicted == pytest.approx(memory.measured_peak(options, setting), rel=0.1)
