@@ -28,11 +28,12 @@ def main() -> None:
     parser.add_argument("--no_thinking", action="store_true", help="answer at once, without reasoning")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--max_thinking_tokens", type=int, help="most tokens of the reasoning; the answer follows")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="hold the language model in NF4 or int8")
     options = parser.parse_args()
     image = open_image(options.image)
     if not options.question.strip():
         raise ValueError("the question is empty: ask something about the picture")
-    model, processor = load_checkpoint(options.model)
+    model, processor = load_checkpoint(options.model, options.bits)
     switch: dict[str, Any] = {"enable_thinking": False} if options.no_thinking else {}
     (text,) = generate_texts(
         model,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import yaml
 from fake_hub import USER, FakeHub
@@ -21,6 +22,8 @@ RUN = ["--stage", "1", "--max_steps", "2", "--effective_batch_size", "2", "--log
 
 @pytest.fixture(scope="module")
 def hub():
+    # A session that was opened while another test was offline stays offline: begin with a new one.
+    (getattr(huggingface_hub.utils, "reset_sessions", None) or huggingface_hub.utils.close_session)()
     server = FakeHub(TOKEN, trouble={"/commit/": [503], "/preupload/": ["drop"]})
     yield server
     server.close()

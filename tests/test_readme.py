@@ -60,10 +60,18 @@ class Shell:
 
 
 @dataclass(frozen=True)
-class Packages:
-    """An installation: the file has to name packages and versions, and those that are here have to be of these."""
+class Elsewhere:
+    """A script that the tests of another file run; it is there, and that file names it."""
 
     path: str
+
+
+@dataclass(frozen=True)
+class Packages:
+    """An installation: the file has to name these packages."""
+
+    path: str
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -78,10 +86,18 @@ TINY = "--max_steps 2 --effective_batch_size 2 --dataloader_num_workers 0"
 PLAN = "--dry_run true"
 HOW = {
     "python3 -m venv .venv && . .venv/bin/activate": Shell({"-m venv": "-m venv --without-pip"}),
-    "pip install -r requirements.txt": Packages("requirements.txt"),
+    "pip install -r requirements.txt": Packages("requirements.txt", ("torch", "transformers", "trl", "peft")),
     'python ask.py docs/example.png "What is the difference between Mar and Jan?"': Run(says="answer: 17"),
     'python ask.py docs/example.png "What is the difference between Mar and Jan?" --no_thinking': Run(says="answer: 2"),
     "python -m siq_vl.data.figures gallery.png": Run(),
+    'python ask.py docs/example.png "What is the difference between Mar and Jan?" --max_thinking_tokens 16': Run(
+        says="answer: "
+    ),
+    "make app": Target("python app.py"),
+    "pip install -r requirements-app.txt": Packages("requirements-app.txt", ("gradio",)),
+    'python app.py --model "stage 2=outputs/tiny/stage2" --model "stage 3=outputs/tiny/stage3"': Elsewhere(
+        "tests/test_app.py"
+    ),
     "make demo": Target("python demo.py"),
     "make test": Target("python -m pytest"),
     "make test-v5": Target("python -m pytest"),
@@ -106,6 +122,22 @@ HOW = {
     "python train_sft.py --stage 1 --recipe siq-vl-0.5b --random_weights true --sources figures": Run(
         PLAN, says="random weights"
     ),
+    "python train_distill.py --recipe siq-vl-0.5b --config internvl_chartqa --dry_run": Run(says="12,469,120"),
+    "python train_distill.py --recipe siq-vl-0.5b --config qwen3vl_cocoqa --dry_run": Run(says="12,469,120"),
+    "python train_distill.py --recipe siq-vl-0.5b --config hunyuanocr --dry_run": Run(says="12,469,120"),
+    "python train_distill.py --recipe siq-vl-0.5b --dry_run": Run(says="Plan of stage 3"),
+    "python generate_traces.py --teacher figures --count 14720 --duplicates none --output outputs/tiny/traces": Run(
+        "--count 40"
+    ),
+    "python train_distill.py --config union --emergence_steps 50": Run(
+        f"{TINY} --emergence_steps 2 --emergence_count 6"
+    ),
+    "python -m siq_vl.training.store_features --stage 2 --recipe tiny": Run(TINY),
+    "python train_sft.py --stage 2 --recipe siq-vl-0.5b --batching packed --pack_tokens 4096 --dry_run": Run(),
+    **{
+        f"python benchmarks/{name}.py": Elsewhere("tests/test_benchmarks.py")
+        for name in ("training", "idefics3", "generation", "loader", "memory", "scaling", "fits")
+    },
     "python -m siq_vl.doctor --recipe siq-vl-0.5b --stage 2 --random_weights true --sources figures": Run(
         says="GiB predicted"
     ),
@@ -122,6 +154,13 @@ HOW = {
         "--max_new_tokens 8 --output outputs/chartqa",
         swap={"outputs/siq-vl-0.5b/stage3": "outputs/tiny/stage3", "path/to/ChartQA": "data/ChartQA"},
     ),
+    "python evaluate_vqa.py --model baseline=outputs/tiny/stage2 --model student=outputs/tiny/stage3 --before_after "
+    "--card": Run("--count 10 --max_new_tokens 8", says="correct rate"),
+    "python ablate.py": Run(
+        "--only structured --seeds 1 --steps 2 --count 5 --output outputs/short", says="structured"
+    ),
+    "python ablate.py --list": Run(says="three_teachers"),
+    "python ablate.py --only control structured terse --seeds 5 --steps 460": Run("--list", says="terse"),
     "python serve.py outputs/tiny/stage3 --port 8000": Serve("/health", "only transformers 5 can serve pictures"),
     "python export_idefics3.py outputs/tiny/stage3 outputs/idefics3 --widen_tower": Run(),
     "accelerate launch train_sft.py --stage 1 --vision_tower backbones/siglip2-tiny "
@@ -280,12 +319,16 @@ def serve(copy: Copy, command: str, how: Serve) -> None:
         process.join()
 
 
-def check_packages(path: str) -> None:
+def check_packages(how: Packages) -> None:
     from packaging.requirements import Requirement
 
-    lines = [line.strip() for line in (REPO_ROOT / path).read_text().splitlines()]
-    named = {Requirement(line).name for line in lines if line and not line.startswith(("#", "-r"))}
-    assert {"torch", "transformers", "trl", "peft"} <= named
+    lines = [line.strip() for line in (REPO_ROOT / how.path).read_text().splitlines()]
+    assert set(how.names) <= {Requirement(line).name for line in lines if line and not line.startswith(("#", "-r"))}
+
+
+def check_elsewhere(command: str, how: Elsewhere) -> None:
+    script = Path(shlex.split(command)[1])
+    assert (REPO_ROOT / script).is_file() and script.stem in (REPO_ROOT / how.path).read_text()
 
 
 @pytest.mark.parametrize(("language", "text"), steps(), ids=[" ".join(text.split())[:70] for _, text in steps()])
@@ -307,7 +350,9 @@ def test_the_readme_runs(copy, language, text):
         case Shell():
             subprocess.run(["bash", "-ec", swapped(text, how.swap)], cwd=copy.folder, check=True)
         case Packages():
-            check_packages(how.path)
+            check_packages(how)
+        case Elsewhere():
+            check_elsewhere(text, how)
         case Serve():
             serve(copy, text, how)
 

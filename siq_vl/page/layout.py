@@ -48,6 +48,7 @@ def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
         at_once: answers of one checkpoint under way at the same time; further ones wait in Gradio's queue.
     """
     examples = held_out_examples()
+    unbounded = min(talker.max_new_tokens for talker in talkers)
     with gr.Blocks(title="SiQ-VL", analytics_enabled=False) as page:
         gr.HTML(
             "<div class='siq-head'><h1>SiQ-VL</h1><p>Ask about a picture, and watch the model reason before it answers.</p></div>"
@@ -62,6 +63,9 @@ def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
                     examples[0].question.text, label="Question", lines=2, max_lines=4, elem_id="question"
                 )
                 thinking = gr.Checkbox(True, label="Think step by step first", elem_id="thinking")
+                longest = gr.Slider(
+                    1, unbounded, unbounded, step=1, label="Tokens of reasoning, at most", elem_id="longest", buttons=[]
+                )
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", scale=3, min_width=160, elem_id="ask")
                     stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
@@ -77,7 +81,7 @@ def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
         asked = gr.on([ask.click, question.submit], _check, [picture, question], None, show_progress="hidden", **event)
         answers = [
             asked.success(
-                _answering(talker), [picture, question, thinking], its_card, show_progress="minimal",
+                _answering(talker), [picture, question, thinking, longest], its_card, show_progress="minimal",
                 concurrency_limit=at_once, concurrency_id=f"answer {place}", **event,
             )
             for place, (talker, its_card) in enumerate(zip(talkers, cards, strict=True))
@@ -115,12 +119,13 @@ def _theme() -> gr.themes.Base:
     )
 
 
-def _answering(talker: Talker) -> Callable[[Upload, str, bool], Iterator[str]]:
-    def answer(upload: Upload, question: str, thinking: bool) -> Iterator[str]:
+def _answering(talker: Talker) -> Callable[[Upload, str, bool, int], Iterator[str]]:
+    def answer(upload: Upload, question: str, thinking: bool, longest: int) -> Iterator[str]:
         image = _opened(upload)
         address = picture_address(image)
         try:
-            for output in talker.stream(image, question, thinking):
+            bound = longest if thinking and longest < talker.max_new_tokens else None
+            for output in talker.stream(image, question, thinking, bound):
                 yield card(talker.name, address, image.width / image.height, question, output)
         except ValueError as error:
             raise _kind(error) from error

@@ -53,13 +53,16 @@ class Talker:
         self.name, self.model, self.processor, self.max_new_tokens = name, model, processor, max_new_tokens
         self._twin = eager_twin(model)
 
-    def stream(self, image: Image.Image, question: str, thinking: bool = True) -> Iterator[Output]:
+    def stream(
+        self, image: Image.Image, question: str, thinking: bool = True, longest: int | None = None
+    ) -> Iterator[Output]:
         """Yield the output as it grows, and at last the finished one. A closed iterator ends its generation.
 
         Args:
             image: an RGB picture.
             question: what is asked about it.
             thinking: whether to ask for reasoning before the answer.
+            longest: most tokens of the reasoning; the answer follows.
 
         Raises:
             ValueError: the question is empty, or too long for the model.
@@ -67,7 +70,7 @@ class Talker:
         inputs = self._inputs(image, question, thinking)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, thread = Event(), ThreadPoolExecutor(1, thread_name_prefix="answer")
-        generated = thread.submit(self._generate, inputs, streamer, stop)
+        generated = thread.submit(self._generate, inputs, streamer, stop, longest)
         generated.add_done_callback(lambda _: streamer.end())  # after an error nobody else would
         try:
             text = ""
@@ -93,10 +96,12 @@ class Talker:
             )
         return inputs.to(self.model.device, self.model.dtype)
 
-    def _generate(self, inputs: BatchFeature, streamer: TextIteratorStreamer, stop: Event):
+    def _generate(self, inputs: BatchFeature, streamer: TextIteratorStreamer, stop: Event, longest: int | None):
         return self.model.generate(
             **inputs,
             max_new_tokens=self.max_new_tokens,
+            max_thinking_tokens=longest,
+            tokenizer=self.processor.tokenizer,
             do_sample=False,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([Stopped(stop)]),
