@@ -27,13 +27,14 @@ from siq_vl.sizes import VISION_TOWER, model_config  # noqa: E402
 from siq_vl.training.backbones import stand_in_processor  # noqa: E402
 from siq_vl.training.recipes import ModelArguments  # noqa: E402
 
-# The proportions of SigLIP-2 Large and Qwen2.5-0.5B, 1024 patches and 256 image tokens, at a fortieth of their size: the
-# tower has 0.6 of the language model's weights and reads four patches a token; the vocabulary holds a quarter of these.
+# SigLIP-2 Large and Qwen2.5-0.5B at about a fortieth of their size: the tower has half of the language model's weights and
+# reads four patches a token; the vocabulary holds a quarter of the latter.
 _VISION = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 6}
 _TEXT = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 5, "num_attention_heads": 6,
          "num_key_value_heads": 2, "vocab_size": 8192}  # fmt: skip
 SHAPES = {
     "small": ({**_VISION, "image_size": 256, "patch_size": 16}, _TEXT),
+    "small-512": ({**_VISION, "image_size": 512, "patch_size": 16}, _TEXT),  # 1024 patches, 256 tokens: the real share
     "quick": (
         {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
          "image_size": 32, "patch_size": 8},

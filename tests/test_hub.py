@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import yaml
 from fake_hub import USER, FakeHub
+from huggingface_hub import utils
 
 from siq_vl import hub as pushing
 from siq_vl.hub import model_card, push_stage
@@ -23,7 +23,7 @@ RUN = ["--stage", "1", "--max_steps", "2", "--effective_batch_size", "2", "--log
 @pytest.fixture(scope="module")
 def hub():
     # A session that was opened while another test was offline stays offline: begin with a new one.
-    (getattr(huggingface_hub.utils, "reset_sessions", None) or huggingface_hub.utils.close_session)()
+    (getattr(utils, "reset_sessions", None) or utils.close_session)()
     server = FakeHub(TOKEN, trouble={"/commit/": [503], "/preupload/": ["drop"]})
     yield server
     server.close()
