@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV5 ?= .venv5
+# Processes that run the tests; a file's tests stay together.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo app doctor test test-v5 test-app test-majors check lint types coverage clean
 
@@ -20,11 +23,11 @@ app: $(VENV)/.app
 	$(VENV)/bin/python app.py
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python $(PYTEST)
 
 # The same tests, and those of what only transformers 5 has.
 test-v5: $(VENV5)/.ready
-	$(VENV5)/bin/python -m pytest
+	$(VENV5)/bin/python $(PYTEST)
 
 # The page in a headless browser, on both majors; needs Chromium (Debian: apt-get install chromium).
 test-app: $(VENV)/.app $(VENV5)/.app
@@ -55,7 +58,7 @@ types: $(VENV)/.ready-dev
 
 # Lines of the library that the tests reach, in processes that they start too; fails below 90%.
 coverage: $(VENV)/.ready-dev
-	$(VENV)/bin/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html:outputs/coverage
+	$(VENV)/bin/python $(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html:outputs/coverage
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
