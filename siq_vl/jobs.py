@@ -74,7 +74,8 @@ class Jobs:
         self.seconds: dict[str, float] = {}
         self.failures: dict[str, str] = {}
         self.waiting: list[str] = []
-        self._todo, self._ready = list(jobs), []
+        self._todo = list(jobs)
+        self._ready: list[Job] = []
         self._order = {job: place for place, job in enumerate(jobs)}
         self._running: dict[int, tuple[Job, subprocess.Popen, float]] = {}
         self._by_kind: dict[str, list[float]] = defaultdict(list)
@@ -100,9 +101,7 @@ class Jobs:
 
     def _look(self) -> None:
         """Move the jobs that wait for nothing any more to those that are ready, or to those that are done already."""
-        found = True
-        while found:
-            found = [job for job in self._todo if all(name in self.seconds for name in job.after)]
+        while found := [job for job in self._todo if all(name in self.seconds for name in job.after)]:
             for job in found:
                 self._todo.remove(job)
                 stamp = self._stamp(job)

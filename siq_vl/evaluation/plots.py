@@ -99,7 +99,7 @@ def _in_panel(x: float, y: float) -> tuple[float, float]:
     return _LEFT + x * (_PANEL_WIDTH - _LEFT - _RIGHT), _PANEL_HEIGHT - _BOTTOM - y * (_PANEL_HEIGHT - 28 - _BOTTOM)
 
 
-def _panel_axes(title: str, last_step: int, top: float) -> str:
+def _panel_axes(title: str, last_step: float, top: float) -> str:
     drawn = f"<text x='{_LEFT}' y='16' font-weight='600'>{html.escape(title)}</text>"
     for share in (0, 0.25, 0.5, 0.75, 1):
         (left, y), (right, _), (x, bottom) = _in_panel(0, share), _in_panel(1, share), _in_panel(share, 0)

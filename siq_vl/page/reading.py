@@ -34,7 +34,8 @@ def take_apart(text: str) -> Pieces:
     """Take an output apart, finished or still growing; a tag that has only begun is left out."""
     text = _without_begun_tag(text)
     parsed = parse(text)
-    steps, answer = (), None
+    steps: tuple[tuple[Part, ...], ...] = ()
+    answer = None
     if parsed.rationale:
         start = text.index(parsed.rationale)
         steps = tuple(tuple(_split(_CLAUSE, step)) for step in _numbered(_split(_STEP, Part(parsed.rationale, start))))
