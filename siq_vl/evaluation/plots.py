@@ -76,7 +76,7 @@ def emergence_plot(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     drawn = ""
     for place, (title, measure, scale) in enumerate(_PANELS):
         left, above = place % 2 * _PANEL_WIDTH, 30 + place // 2 * _PANEL_HEIGHT
-        top = 100.0 if scale == 100 else 10 * -(-longest // 10)
+        top = 100.0 if scale == 100 else 4 * -(-longest // 4)  # whole numbers at the grid lines
         panel = _panel_axes(title, last_step, top)
         for colour, run in zip(_cycled(len(runs)), runs.values(), strict=True):
             points = [(entry["step"] / last_step, scale * entry[measure] / top) for entry in run]
