@@ -39,7 +39,8 @@ def checkpoints(given: list[str]) -> Mapping[str, str]:
     Raises:
         ValueError: a name or a checkpoint is empty, or two have the same name.
     """
-    named = [text.split("=", 1) if "=" in text else (Path(text).name, text) for text in given]
+    parted = [text.partition("=") for text in given]
+    named = [(name, path) if sign else (Path(name).name, name) for name, sign, path in parted]
     for (name, path), text in zip(named, given, strict=True):
         if not name.strip() or not path:
             raise ValueError(

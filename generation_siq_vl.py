@@ -87,7 +87,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             )
         return self
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         """
         Forces or forbids what the rows' budgets ask for.
 
@@ -98,16 +98,16 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         Returns:
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`.
         """
-        scores = scores.clone()
+        bounded = scores.clone()
         for row, ids in enumerate(input_ids.tolist()):
             prompt, output = ids[: self.prompt_length], ids[self.prompt_length :]
             forced, is_open = self._next(output, self._text(prompt[-16:]).rstrip().endswith(THINK))
             if forced is not None:
-                scores[row] = -float("inf")
-                scores[row, forced] = 0.0
+                bounded[row] = -float("inf")
+                bounded[row, forced] = 0.0
             elif is_open:
-                scores[row, self.eos_token_ids] = -float("inf")
-        return scores
+                bounded[row, self.eos_token_ids] = -float("inf")
+        return bounded
 
     def _next(self, output: list[int], opened: bool) -> tuple[Optional[int], bool]:
         """The token that has to follow, if any, and whether reasoning or answer are open, so that the turn goes on."""

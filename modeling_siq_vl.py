@@ -756,11 +756,11 @@ class _SuppressPlaceholder(LogitsProcessor):
     def __init__(self, token_id: int):
         self.token_id = token_id
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         """Takes and returns scores of shape `(batch_size, vocab_size)`."""
-        scores = scores.clone()
-        scores[..., self.token_id] = -float("inf")
-        return scores
+        allowed = scores.clone()
+        allowed[..., self.token_id] = -float("inf")
+        return allowed
 
 
 def _is_false(condition: torch.Tensor, message: str) -> bool:

@@ -66,12 +66,11 @@ class Pictures:
         Raises:
             ValueError: what `decode` raises; the file cannot be read.
         """
-        if isinstance(content, Path):
-            try:
-                content = content.read_bytes()
-            except OSError as error:
-                raise ValueError(f"{content} cannot be read: {error}") from error
-        return self._picture(_hashed(f"encoded, at most {max_side}", content), decode)
+        try:
+            encoded = content.read_bytes() if isinstance(content, Path) else content
+        except OSError as error:
+            raise ValueError(f"{content!r} cannot be read: {error}") from error
+        return self._picture(_hashed(f"encoded, at most {max_side}", encoded), decode)
 
     def opened(self, image: Any) -> Picture:
         """Return a picture of any kind that the processor takes, by its pixels."""

@@ -193,7 +193,7 @@ class _Rows(TorchDataset):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> list[tuple[bytes, bool, int]]:
+    def __getitem__(self, index: int) -> list[tuple]:
         number = self.numbers[index]
         return [(picture.key, picture.entry is not None, number) for picture in self.rows[number]["images"]]
 
@@ -205,7 +205,7 @@ class _NewPictures(_Rows):
         super().__init__(rows, numbers)
         self.processor = processor
 
-    def __getitem__(self, index: int) -> list[tuple[bytes, tuple[int, int], torch.Tensor]]:
+    def __getitem__(self, index: int) -> list[tuple]:
         pictures: list[Picture] = self.rows[self.numbers[index]]["images"]
         return [
             (each.key, each.size[::-1], self.processor(images=[each.image], return_tensors="pt")["pixel_values"])
@@ -330,11 +330,11 @@ def _build(
         for keys, sizes, counts, pixels in batches:
             if keys:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    features = [
-                        model.get_image_features(part.to(device), return_dict=True).last_hidden_state
+                    parts: list[Any] = [
+                        model.get_image_features(part.to(device), return_dict=True)
                         for part in pixels.split(_TILES_AT_ONCE)
                     ]
-                features = torch.cat(features)
+                features = torch.cat([part.last_hidden_state for part in parts])
                 packed = store.layout.pack(features)
                 errors.add(features, store.layout.unpack(torch.from_numpy(packed)))
                 for key, size, part in zip(keys, sizes, np.split(packed, np.cumsum(counts)[:-1]), strict=True):

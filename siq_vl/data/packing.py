@@ -10,7 +10,7 @@ The fallback is padding in batches of rows of like length. It needs every row's 
 rows meet in a step.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +73,7 @@ class PackedRows:
     by one.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]]):
+    def __init__(self, rows: Iterable[dict[str, Any]]):
         self.rows = list(rows)
 
     def __len__(self) -> int:

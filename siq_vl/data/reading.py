@@ -13,7 +13,7 @@ from PIL import Image
 
 from siq_vl.data.collation import supervised_segments
 from siq_vl.data.conversations import Conversation, Dropped, check
-from siq_vl.data.features import Picture, Pictures
+from siq_vl.data.features import Pictures
 from siq_vl.data.filters import Duplicates, filtered
 from siq_vl.data.images import decode_image, find_under
 from siq_vl.data.remote import download_image, is_remote
@@ -162,8 +162,8 @@ class Reader:
             "chat_template_kwargs": dict(conversation.template_options),
         }
 
-    def image(self, image: Any, source: Origin, pictures: Pictures | None = None) -> Image.Image | Picture:
-        """Open a picture, or find it among `pictures`.
+    def image(self, image: Any, source: Origin, pictures: Pictures | None = None) -> Any:
+        """Return a picture, opened, or, as a `features.Picture`, found among `pictures`.
 
         Raises:
             Dropped: it is missing, damaged, too large to be safe, out of bounds, or remote without leave.

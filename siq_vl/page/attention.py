@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ def eager_twin(model: SiQVLForConditionalGeneration) -> SiQVLForConditionalGener
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
-    twin.language_model.set_attn_implementation("eager")
+    language_model: Any = twin.language_model
+    language_model.set_attn_implementation("eager")
     return twin
 
 
@@ -104,8 +106,8 @@ class Layout:
             )
         cells = np.stack([self._spread(tile) for tile in weights.reshape(shape)])
         height, width = cells.shape[1:]
-        canvas = cells[:tiles].reshape(self.rows, self.columns, height, width).swapaxes(1, 2)
-        canvas = canvas.reshape(self.rows * height, self.columns * width)
+        in_grid = cells[:tiles].reshape(self.rows, self.columns, height, width).swapaxes(1, 2)
+        canvas = in_grid.reshape(self.rows * height, self.columns * width)
         if tiles > 1:
             canvas = canvas + _repeat(cells[-1], self.rows, self.columns) / tiles
         return canvas

@@ -76,7 +76,7 @@ def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
                 [[drawn.image, drawn.question.text] for drawn in examples], [picture, question],
                 label="Examples: drawings that no training showed",
             )  # fmt: skip
-        event = {"preprocess": False, "api_visibility": "private"}
+        event: dict[str, Any] = {"preprocess": False, "api_visibility": "private"}
         picture.upload(_checked_upload, picture, picture, show_progress="hidden", **event)
         asked = gr.on([ask.click, question.submit], _check, [picture, question], None, show_progress="hidden", **event)
         answers = [

@@ -118,7 +118,7 @@ def emergence(
     outputs = [parse(answer) for answer in answers]
     steps = [step_score(answer, teacher.rationale) for answer, teacher in zip(answers, teachers, strict=True)]
     right = [bool(agrees(output.answer, teacher.answer)) for output, teacher in zip(outputs, teachers, strict=True)]
-    columns = {
+    columns: dict[str, list[float]] = {
         "well_formed": [float(output.well_formed) for output in outputs],
         "length": [_tokens(output.rationale, tokenizer) for output in outputs],
         "teacher_length": [_tokens(teacher.rationale, tokenizer) for teacher in teachers],

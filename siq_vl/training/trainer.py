@@ -175,7 +175,7 @@ class SiQVLTrainer(SFTTrainer):
         if not isinstance(inputs, PackedRows):
             return super().training_step(model, inputs, num_items_in_batch)
         rows = self._as_many_everywhere(inputs.rows)
-        losses = []
+        losses: list[torch.Tensor] = []
         with attend_by_sample(self.model.language_model.config) if self._by_sample else nullcontext():
             for row in rows:
                 with nullcontext() if len(losses) == len(rows) - 1 else self.accelerator.no_sync(model):
