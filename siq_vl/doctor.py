@@ -129,7 +129,6 @@ def check_options() -> Iterator[Finding]:
     for package, module, use in (
         ("bitsandbytes", "bitsandbytes", "load_in_4bit"),
         ("flash-attn", "flash_attn", "attn_implementation flash_attention_2; sdpa does without"),
-        ("liger-kernel", "liger_kernel", "use_liger_kernel"),
     ):
         here = importlib.util.find_spec(module) is not None
         version = installed_version(package) or ""
@@ -252,9 +251,6 @@ def check_settings(recipe: "Recipe", device: Device) -> Iterator[Finding]:
     if recipe.adapter.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         fix = f"pip install -r {requirements_file().name}, or --load_in_4bit false"
         yield Finding(PROBLEM, "load_in_4bit", "bitsandbytes is not installed", fix)
-    if recipe.training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-        fix = "pip install liger-kernel, or --use_liger_kernel false"
-        yield Finding(PROBLEM, "use_liger_kernel", "liger-kernel is not installed", fix)
     if recipe.training.bf16 and not device.bf16:
         fix = "--bf16 false --dtype float32"
         yield Finding(PROBLEM, "bf16", f"{device.name} does not compute in bfloat16", fix)

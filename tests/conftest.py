@@ -73,9 +73,9 @@ def data_cache(tmp_path_factory):
     patch.undo()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_precision(monkeypatch):
-    """No test computes in the precision of one before it, which accelerate keeps for the whole process."""
+    """The test computes in no precision of one before it, which accelerate keeps for the whole process."""
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -17,6 +17,8 @@ from siq_vl.training.recipes import AdapterArguments, parse_recipe
 from siq_vl.training.run import make_trainer, train_and_save
 from siq_vl.training.stages import count_parameters, freeze_for_stage
 
+pytestmark = pytest.mark.usefixtures("own_precision")
+
 SHORT = ("--max_steps", "3", "--effective_batch_size", "4", "--logging_steps", "1", "--dataloader_num_workers", "0")
 
 

@@ -19,6 +19,7 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from siq_vl import cli
+from siq_vl.data import remote
 from siq_vl.data import sources as sources_module
 from siq_vl.data.collation import ConversationCollator, supervised_segments
 from siq_vl.data.conversations import Dropped, text_of
@@ -644,17 +645,15 @@ def test_the_log_starts_anew_with_another_mixture_only(tmp_path):
 
 
 def test_remote_pictures_are_fetched_when_allowed(folder, monkeypatch, make_image):
-    import siq_vl.data.images as images
-
-    class Response(io.BytesIO):
-        pass
-
     asked = []
-    monkeypatch.setattr(
-        images.urllib.request,
-        "urlopen",
-        lambda url, timeout: (asked.append(url), Response(encoded(make_image(3))))[1],
-    )
+
+    class Opener:
+        def open(self, url, timeout):
+            asked.append(url)
+            return io.BytesIO(encoded(make_image(3)))
+
+    monkeypatch.setattr(remote, "build_opener", lambda *handlers: Opener())
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("93.184.216.34", 443))])
     rows = write_lines(folder / "rows.jsonl", [good("https://example.org/cat.png", 1)])
     source = {"path": str(rows), "allow_remote_images": True}
     row = first_row(build_mixture(DataArguments(sources=[source]), "answer", 1))

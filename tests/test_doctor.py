@@ -144,11 +144,11 @@ def test_without_an_effective_batch_size_accumulation_makes_up_for_a_smaller_bat
 
 
 def test_settings_that_the_machine_lacks(monkeypatch):
-    recipe = doctor.parse("2", "tiny", ["--load_in_4bit", "true", "--use_liger_kernel", "true"])
+    recipe = doctor.parse("2", "tiny", ["--load_in_4bit", "true"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     old_gpu = doctor.Device("an old GPU", 8 * GIB, bf16=False, is_gpu=True)
     findings = list(doctor.check_settings(recipe, old_gpu))
-    assert [finding.name for finding in findings] == ["load_in_4bit", "use_liger_kernel", "bf16"]
+    assert [finding.name for finding in findings] == ["load_in_4bit", "bf16"]
     assert all(finding.level == PROBLEM and finding.fix for finding in findings)
 
 

@@ -38,6 +38,8 @@ from siq_vl.training.run import make_trainer, mixture_for_stage
 
 LAYOUT = Layout(2, 3, 8, "float32")
 
+pytestmark = pytest.mark.usefixtures("own_precision")
+
 
 def key(number: int) -> bytes:
     return number.to_bytes(16, "little")

@@ -19,6 +19,7 @@ from siq_vl.training.plan import plan
 from siq_vl.training.recipes import Recipe, parse_recipe
 from siq_vl.training.run import make_trainer
 
+pytestmark = pytest.mark.usefixtures("own_precision")
 REPO_ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["a", "no", "two red squares on the left", "blue", "a long caption " * 6, "7", "it is not shown here", "yes"]
 IMAGES = [1, 0, 2, 1, 1, 0, 0, 2]

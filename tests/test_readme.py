@@ -157,7 +157,7 @@ HOW = {
     "python evaluate_vqa.py --model baseline=outputs/tiny/stage2 --model student=outputs/tiny/stage3 --before_after "
     "--card": Run("--count 10 --max_new_tokens 8", says="correct rate"),
     "python ablate.py": Run(
-        "--only structured --seeds 1 --steps 2 --count 5 --output outputs/short", says="structured"
+        "--only structured --seeds 1 --steps 2 --count 30 --output outputs/short", says="structured"
     ),
     "python ablate.py --list": Run(says="three_teachers"),
     "python ablate.py --only control structured terse --seeds 5 --steps 460": Run("--list", says="terse"),

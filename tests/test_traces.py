@@ -170,7 +170,7 @@ def test_pictures_and_columns_survive(tmp_path):
 
 
 def test_reading_a_store_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="run `python generate_traces.py --output"):
+    with pytest.raises(ValueError, match="run `python generate_traces.py --teacher"):
         read_traces(tmp_path)
     ask(tmp_path, Scripted("a", {"1": ["no answer"]}), [TraceQuestion("1", "What?", ("x",))])
     with pytest.raises(ValueError, match="holds no trace that was kept"):

@@ -48,7 +48,7 @@ def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
         at_once: answers of one checkpoint under way at the same time; further ones wait in Gradio's queue.
     """
     examples = held_out_examples()
-    unbounded = min(talker.max_new_tokens for talker in talkers)
+    unbounded = max(talker.max_new_tokens for talker in talkers)
     with gr.Blocks(title="SiQ-VL", analytics_enabled=False) as page:
         gr.HTML(
             "<div class='siq-head'><h1>SiQ-VL</h1><p>Ask about a picture, and watch the model reason before it answers.</p></div>"
