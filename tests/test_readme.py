@@ -198,7 +198,9 @@ def in_the_copy(folder: str, log: str, arguments: list[str]) -> None:
     os.dup2(output, 2)
     for name in [name for name in sys.modules if name.partition(".")[0] == "siq_vl"]:
         del sys.modules[name]  # of the repo, where the process was made from one that has it
-    sys.path[:] = [folder, *(path for path in sys.path if path not in ("", str(REPO_ROOT)))]
+    # Neither the repo nor code that tests before this one have loaded from other checkpoints.
+    others = [path for path in sys.path if path not in ("", str(REPO_ROOT))]
+    sys.path[:] = [folder, *(path for path in others if not Path(path, "transformers_modules").is_dir())]
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     import datasets
     import huggingface_hub
