@@ -9,6 +9,7 @@ the project's trainer, of two accumulated batches each, are run on a batch of fi
 profiler's account of every allocation is added up. The profiler, as the prediction, leaves out what is not torch's.
 """
 
+import gc
 import logging
 import tempfile
 from collections.abc import Callable
@@ -116,6 +117,7 @@ def measured_peak(options, setting: Setting) -> int:
             return torch.cuda.max_memory_allocated()
         tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
         tensors += [scales for weight in trainer.model.parameters() for scales in nf4_scales(weight)]
+        gc.collect()  # what an earlier run left must not be freed, and counted, in this one
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values()) + peak_on_cpu(trainer.train)
 
