@@ -7,7 +7,7 @@ Ablations of stage 3 on the tiny model: every arm trained with several seeds, on
 
 The arms are those of `recipes/tiny/ablations.yaml`; one is added there. Runs go side by side, one a GPU, or one a core
 where there is none. What is done is not done again, so the same command goes on where it was interrupted; the runs, their
-logs and answers are in `outputs/ablations/<arm>/`, the results beside them: `ablations.md`, `results.json`, and as figures
+logs and answers are in `outputs/ablations/<arm>/`, the results beside them: `ablations.md`, its tables in `tables.json`, every number in `results.json`, and as figures
 `ablations.svg` and, for the arms that are trained with `--emergence_steps`, `emergence.svg`.
 """
 
@@ -27,6 +27,7 @@ from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.emergence import EMERGENCE_FIGURE, EMERGENCE_FILE, read_emergence
 from siq_vl.evaluation.plots import emergence_plot
 from siq_vl.jobs import Jobs
+from siq_vl.results import write_results
 
 
 def parse_options() -> argparse.Namespace:
@@ -96,6 +97,7 @@ def main() -> None:
         (out / "ablations.md").write_text(text, encoding="utf-8")
         (out / "ablations.svg").write_text(ablations.figure(results), encoding="utf-8")
         (out / "results.json").write_text(json.dumps(ablations.numbers(results, plan.compare), indent=1))
+        write_results(out / "tables.json", ablations.tables(results, plan.compare), {"count": plan.count})
         if emerged := watched(plan, asked, out):
             (out / EMERGENCE_FIGURE).write_text(emergence_plot(emerged), encoding="utf-8")
         say(f"\n{text}\nresults: {out}/ablations.md, results.json and figures beside it")

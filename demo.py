@@ -5,7 +5,8 @@ The whole story on a bare machine: three stages, their baselines, one table, one
 
 Stages 1, 2 and 3 are trained with `recipes/tiny/`, beside a blind model (stage 2 with every picture withheld) and a
 control (stage 2 continued on direct answers for as long as stage 3 takes); the traces of stage 3 are made first.
-Everything lands in `outputs/tiny/`, the page in `outputs/tiny/report.html`. What is already there is not made again.
+Everything lands in `outputs/tiny/`: the page in `report.html`, its tables as numbers in `results.json`. What is already
+there is not made again.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.figures import Item, held_out_items, majority_answers
 from siq_vl.evaluation.report import write_report
 from siq_vl.evaluation.tables import accuracy_table, caption_table, difference_line
+from siq_vl.results import checksum_of_weights, write_results
 
 OUT = Path("outputs/tiny")
 EVALUATION = OUT / "evaluation"
@@ -123,16 +125,25 @@ def tell(items: list[Item]) -> None:
     multi_step = {
         name: [p for p in answers[name] if p.group == "held out" and p.multi_step] for name in ("control", "stage3")
     }
+    seconds = {name: round(settings_of(name)["seconds"]) for name in TRAINING}
     lines = [
         difference_line("stage 3 over its control, multi-step", multi_step["control"], multi_step["stage3"]),
-        "seconds of training: " + ", ".join(f"{name} {settings_of(name)['seconds']:.0f}" for name in TRAINING),
+        "seconds of training: " + ", ".join(f"{name} {taken}" for name, taken in seconds.items()),
     ]
+    accuracies, facts = accuracy_table(answers), caption_table(captions["scores"], captions["count"])
     tables = {
-        "Accuracy in percent on held-out figures, with 95% intervals": accuracy_table(answers)
-        + "\n\n"
-        + "\n".join(lines),
-        "Stage 1: caption facts right, in percent": caption_table(captions["scores"], captions["count"]),
+        "Accuracy in percent on held-out figures, with 95% intervals": accuracies + "\n\n" + "\n".join(lines),
+        "Stage 1: caption facts right, in percent": facts,
     }
+    write_results(
+        OUT / "results.json",
+        {"accuracy": accuracies, "captions": facts},
+        {
+            "stage 3 over its control": lines[0],
+            "seconds of training": seconds,
+            "weights": {name: checksum_of_weights(OUT / name) for name in TRAINING},
+        },
+    )
     for title, table in reversed(tables.items()):
         print(f"{title}\n\n{table}\n")
     stages = {f"stage {stage}": answers[f"stage{stage}"] for stage in (1, 2, 3)}

@@ -54,7 +54,7 @@ def main() -> None:
                 )
         measured = common.interleaved(variants, options.repetitions)
     print(common.environment(options) + "\n")
-    print(common.ratio_table(measured, "loading", "samples/s"))
+    common.show(options, {"loading": common.ratio_table(measured, "loading", "samples/s")})
 
 
 if __name__ == "__main__":

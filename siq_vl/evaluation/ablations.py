@@ -157,6 +157,11 @@ All arms start from one checkpoint; what another one would change is in no inter
 """
 
 
+def tables(results: Results, pairs: Pairs) -> dict[str, str]:
+    """Return the report's tables by name, as Markdown."""
+    return {"arms": _arms_table(results), "differences": _differences_table(results, pairs)}
+
+
 def _differences(results: Results, first: str, second: str) -> dict[str, Estimate]:
     one, other = results[first].estimates, results[second].estimates
     return {name: one[name] - other[name] for name in COMPARED if name in one and name in other}

@@ -96,11 +96,12 @@ def _table(
         picked = {model: [p for p in made if chosen(p) and p.scored] for model, made in predictions.items()}
         count = max(map(len, picked.values()))
         if count:
-            lines.append([name, str(count), *map(cell or _cell, picked.values())])
+            lines.append([name, str(count), *map(cell or accuracy_cell, picked.values())])
     return markdown(lines)
 
 
-def _cell(predictions: Sequence[Prediction]) -> str:
+def accuracy_cell(predictions: Sequence[Prediction]) -> str:
+    """Return the accuracy in percent with the half-width of Wilson's 95% interval."""
     if not predictions:
         return "-"
     right = sum(prediction.score for prediction in predictions)
