@@ -87,7 +87,9 @@ PLAN = "--dry_run true"
 HOW = {
     "python3 -m venv .venv && . .venv/bin/activate": Shell({"-m venv": "-m venv --without-pip"}),
     "pip install -r requirements.txt": Packages("requirements.txt", ("torch", "transformers", "trl", "peft")),
-    'python ask.py docs/example.png "What is the difference between Mar and Jan?"': Run(says="answer: 17"),
+    'python ask.py docs/example.png "What is the difference between Mar and Jan?"': Run(
+        says="reasoning: rows: Jan 19, Mar 2, Apr 3, Nov 12. Mar 2. Jan 19. 19 - 2 = 17\nanswer: 17\n"
+    ),
     'python ask.py docs/example.png "What is the difference between Mar and Jan?" --no_thinking': Run(says="answer: 2"),
     "python -m siq_vl.data.figures gallery.png": Run(),
     'python ask.py docs/example.png "What is the difference between Mar and Jan?" --max_thinking_tokens 16': Run(
@@ -104,7 +106,7 @@ HOW = {
     "make test-majors": Target("tests/test_majors.py"),
     "make doctor": Target("-m siq_vl.doctor"),
     "make check": Target("mypy"),
-    "python benchmarks/anyres.py --count 300": Run("--count 5"),
+    "python benchmarks/anyres.py --count 300": Run("--count 1", says="all tiles and the thumbnail"),
     "accelerate launch train_sft.py --stage 1": Run(TINY, launched=True),
     "accelerate launch train_sft.py --stage 2": Run(TINY),
     "python generate_traces.py --teacher figures --style structured --count 14720 --output outputs/tiny/traces": Run(
@@ -112,6 +114,9 @@ HOW = {
     ),
     "accelerate launch train_distill.py": Run(TINY),
     "python evaluate_vqa.py --model stage3=outputs/tiny/stage3": Run("--count 5 --max_new_tokens 8"),
+    "python evaluate_vqa.py --model tiny=. --shifts --count 300": Run(
+        "--count 5 --max_new_tokens 2", says="moved by 6 px"
+    ),
     "python train_sft.py --stage 1 --recipe siq-vl-0.5b --dry_run": Run(says="849,639,168"),
     "accelerate launch train_sft.py --stage 2 --recipe siq-vl-0.5b --load_in_4bit true": Run(PLAN, says="38,863,744"),
     "accelerate launch --config_file accelerate_configs/ddp.yaml train_sft.py --stage 1 --recipe siq-vl-0.5b": Run(
@@ -136,7 +141,7 @@ HOW = {
     "python train_sft.py --stage 2 --recipe siq-vl-0.5b --batching packed --pack_tokens 4096 --dry_run": Run(),
     **{
         f"python benchmarks/{name}.py": Elsewhere("tests/test_benchmarks.py")
-        for name in ("training", "idefics3", "generation", "loader", "memory", "scaling", "fits")
+        for name in ("training", "idefics3", "generation", "loader", "memory", "scaling", "fits", "questions")
     },
     "python -m siq_vl.doctor --recipe siq-vl-0.5b --stage 2 --random_weights true --sources figures": Run(
         says="GiB predicted"
@@ -357,6 +362,11 @@ def test_the_readme_runs(copy, language, text):
             check_elsewhere(text, how)
         case Serve():
             serve(copy, text, how)
+
+
+def test_the_output_shown_is_what_the_command_says():
+    (shown,) = blocks("text")
+    assert shown in [how.says for how in HOW.values() if isinstance(how, Run)]
 
 
 def test_no_line_of_the_table_is_left_over():
