@@ -78,7 +78,9 @@ def main() -> None:
     model_read = {
         content for seed, count in PHASES.items() for content in contents("train", seed, round(options.share * count))
     }
-    lines = [["held-out questions", "n", "contents", "in the tokenizer's text", "in the language model's text", "widest"]]
+    lines = [
+        ["held-out questions", "n", "contents", "in the tokenizer's text", "in the language model's text", "widest"]
+    ]
     for name, samples in rows.items():
         found = {each.figure.content for each in samples}
         described = (len(found & tokenizer_read), len(found & model_read))
