@@ -25,8 +25,8 @@ from siq_vl.ablations import Plan, jobs_of, read_plan, seed_names
 from siq_vl.evaluation import ablations
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.emergence import EMERGENCE_FIGURE, EMERGENCE_FILE, read_emergence
-from siq_vl.evaluation.plots import emergence_plot
 from siq_vl.jobs import Jobs
+from siq_vl.plots import emergence_plot
 from siq_vl.results import write_results
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         results = {name: result_of(plan, name, out) for name in asked}
         text = ablations.report(results, plan.compare)
         (out / "ablations.md").write_text(text, encoding="utf-8")
-        (out / "ablations.svg").write_text(ablations.figure(results), encoding="utf-8")
+        (out / "ablations.svg").write_text(ablations.plot(results), encoding="utf-8")
         (out / "results.json").write_text(json.dumps(ablations.numbers(results, plan.compare), indent=1))
         write_results(out / "tables.json", ablations.tables(results, plan.compare), {"count": plan.count})
         if emerged := watched(plan, asked, out):

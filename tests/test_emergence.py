@@ -9,13 +9,14 @@ from xml.etree import ElementTree
 
 import pytest
 from conftest import REPO_ROOT
+from svg import number_of_points
 from test_distill import STYLES, parse, write_store
 
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.evaluation import emergence as told
 from siq_vl.evaluation.answers import parse as taken_apart
 from siq_vl.evaluation.metrics import METRICS, step_score
-from siq_vl.evaluation.plots import emergence_plot
+from siq_vl.plots import emergence_plot
 from siq_vl.training.callbacks import Sample, append_entry
 from siq_vl.training.emergence import EmergenceCallback, emergence, watched_rows
 from siq_vl.training.loading import load_for_stage
@@ -159,10 +160,11 @@ def test_the_command_draws_runs_side_by_side(watched, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("| a<b ") == ran.stdout.count("| other ") == 3
     tree = ElementTree.fromstring(figure.read_text())
-    lines = [element for element in tree.iter() if element.tag.endswith("polyline")]
-    assert len(lines) == 4 * 2 + 2 and sum("stroke-dasharray" in line.attrib for line in lines) == 2
-    solid = [line for line in lines if "stroke-dasharray" not in line.attrib]
-    assert all(len(line.get("points").split()) == 3 for line in solid)
+    solid = [element for element in tree.iter() if element.get("id", "").startswith("curve")]
+    dashed = [element for element in tree.iter() if element.get("id", "").startswith("reference")]
+    assert len(solid) == 4 * 2 and len(dashed) == 2
+    assert all("stroke-dasharray" in ElementTree.tostring(line, encoding="unicode") for line in dashed)
+    assert all(number_of_points(line) == 3 for line in solid)
     assert {"a<b", "other"} <= {element.text for element in tree.iter()}
     ran = subprocess.run([*command[:3], str(tmp_path)], cwd=REPO_ROOT, capture_output=True, text=True)
     assert ran.returncode == 1 and "train with --emergence_steps" in ran.stderr

@@ -1,6 +1,5 @@
 """Arms of an ablation, each trained with several seeds and asked the same questions: table, comparisons, figure."""
 
-import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from siq_vl.evaluation.metrics import METRICS
 from siq_vl.evaluation.predictions import Prediction
 from siq_vl.evaluation.seeds import Estimate, ratio_of_totals
 from siq_vl.evaluation.tables import markdown, ordinary
+from siq_vl.plots import interval_plot
 
 # Answers of an arm to one way of asking: a list a seed.
 Answers = Sequence[Sequence[Prediction]]
@@ -239,54 +239,23 @@ def mean_over_seeds(runs: Sequence[Sequence[Mapping]]) -> list[dict[str, float]]
     ]
 
 
-_ROW, _LEFT, _PANEL, _GAP, _TOP = 26, 190, 250, 36, 54
+# Panels of the plot: title, and the measures in it.
 _PANELS = (
     ("accuracy in percent", ("single_step", "multi_step")),
     ("facts contradicted, in percent", ("hallucination",)),
 )
-_COLOURS = {"single_step": "#2f6fd0", "multi_step": "#d9792b", "hallucination": "#b3372f"}
 
 
-def figure(results: Results) -> str:
+def plot(results: Results) -> str:
     """Return an SVG of accuracy and hallucination: a row an arm, a dot and its 95% interval a measure."""
-    arms = {arm: result.estimates for arm, result in results.items()}
-    height = _TOP + _ROW * len(arms) + 34
-    width = _LEFT + len(_PANELS) * (_PANEL + _GAP)
-    drawn = []
-    for row, arm in enumerate(arms):
-        y = _TOP + _ROW * (row + 0.5)
-        drawn.append(f"<text x='{_LEFT - 10}' y='{y + 4}' text-anchor='end'>{html.escape(arm)}</text>")
-    for place, (title, names) in enumerate(_PANELS):
-        drawn.append(_panel(_LEFT + place * (_PANEL + _GAP), title, names, arms))
-    return (
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' role='img' font-size='12' "
-        "font-family='system-ui, sans-serif' fill='#1c2430'><title>Ablations: accuracy and hallucination, with 95% "
-        f"intervals</title><rect width='{width}' height='{height}' fill='#fff'/>{''.join(drawn)}</svg>\n"
-    )
-
-
-def _panel(left: int, title: str, names: Sequence[str], arms: Mapping[str, Mapping[str, Estimate]]) -> str:
-    ends = [100 * end for found in arms.values() for name in names if name in found for end in found[name].interval]
-    top = 100.0 if "single_step" in names or not ends else 4 * np.ceil(max(1.0, *ends) / 4)
-    bottom = _TOP + _ROW * len(arms)
-
-    def at(value: float) -> float:
-        return left + min(1.0, max(0.0, value / top)) * _PANEL
-
-    drawn = [f"<text x='{left}' y='16' font-weight='600'>{title}</text>"]
-    for quarter in range(5):
-        x = at(top * quarter / 4)
-        drawn.append(f"<path d='M{x:.1f},{_TOP}V{bottom}' stroke='#dfe4ea'/>")
-        drawn.append(f"<text x='{x:.1f}' y='{bottom + 18}' text-anchor='middle'>{top * quarter / 4:g}</text>")
-    for place, name in enumerate(names):
-        colour, x = _COLOURS[name], left + 110 * place
-        if len(names) > 1:
-            drawn.append(f"<circle cx='{x + 5}' cy='34' r='4' fill='{colour}'/>")
-            drawn.append(f"<text x='{x + 14}' y='38'>{MEASURES[name].title}</text>")
-        for row, found in enumerate(arms.values()):
-            if name in found:
-                y = _TOP + _ROW * (row + 0.5) + 6 * (place - (len(names) - 1) / 2)
-                low, high = (at(100 * end) for end in found[name].interval)
-                drawn.append(f"<path d='M{low:.1f},{y:.1f}H{high:.1f}' stroke='{colour}' stroke-width='2'/>")
-                drawn.append(f"<circle cx='{at(100 * found[name].value):.1f}' cy='{y:.1f}' r='3.5' fill='{colour}'/>")
-    return "".join(drawn)
+    panels = []
+    for title, names in _PANELS:
+        panels.append((title, {name: MEASURES[name].title for name in names}))
+    rows: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for arm, result in results.items():
+        rows[arm] = {}
+        for name, estimate in result.estimates.items():
+            low, high = estimate.interval
+            # A share cannot lie outside 0 and 1, whatever the width of its interval.
+            rows[arm][name] = (100 * estimate.value, 100 * max(0.0, low), 100 * min(1.0, high))
+    return interval_plot(panels, rows)

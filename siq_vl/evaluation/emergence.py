@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from siq_vl import cli
-from siq_vl.evaluation.plots import emergence_plot
 from siq_vl.evaluation.tables import markdown
+from siq_vl.plots import emergence_plot
 
 EMERGENCE_FILE, EMERGENCE_FIGURE = "emergence.jsonl", "emergence.svg"
 

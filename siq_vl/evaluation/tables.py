@@ -148,3 +148,12 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     drawn = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     drawn.insert(1, "-|-".join("-" * width for width in widths))
     return "\n".join(f"| {line} |" for line in drawn)
+
+
+def table_cells(table: str) -> list[list[str]]:
+    """Return the rows of cells of a table that `markdown` wrote, its header first."""
+    header, _, *rows = table.splitlines()
+    cells = []
+    for line in [header, *rows]:
+        cells.append([cell.strip() for cell in line.strip("|").split("|")])
+    return cells

@@ -38,13 +38,15 @@ def take_apart(text: str) -> Pieces:
     answer = None
     if parsed.rationale:
         start = text.index(parsed.rationale)
-        steps = tuple(tuple(_split(_CLAUSE, step)) for step in _numbered(_split(_STEP, Part(parsed.rationale, start))))
+        for step in _without_numbering(_split(_STEP, Part(parsed.rationale, start))):
+            steps = (*steps, tuple(_split(_CLAUSE, step)))
     if parsed.answer:
         answer = Part(parsed.answer, text.index(parsed.answer, max(text.find("<answer>"), 0)))
     return Pieces(steps, answer)
 
 
 def _without_begun_tag(text: str) -> str:
+    """Cut off the end of a text that may be the beginning of a tag."""
     for length in range(max(map(len, TAGS)) - 1, 0, -1):
         if any(tag.startswith(text[-length:]) for tag in TAGS) and len(text) >= length:
             return text[:-length]
@@ -52,10 +54,16 @@ def _without_begun_tag(text: str) -> str:
 
 
 def _split(where: re.Pattern, part: Part) -> list[Part]:
-    cuts = [0, *(position for found in where.finditer(part.text) for position in found.span()), len(part.text)]
-    return [Part(part.text[a:b], part.start + a) for a, b in zip(cuts[::2], cuts[1::2], strict=True) if b > a]
+    """Return what lies between the matches of a pattern, each piece with its place; empty pieces are left out."""
+    pieces = []
+    begin = 0
+    for separator in where.finditer(part.text):
+        pieces.append(Part(part.text[begin : separator.start()], part.start + begin))
+        begin = separator.end()
+    pieces.append(Part(part.text[begin:], part.start + begin))
+    return [piece for piece in pieces if piece.text]
 
 
-def _numbered(steps: list[Part]) -> list[Part]:
+def _without_numbering(steps: list[Part]) -> list[Part]:
     """Leave out numbers and dashes that stood before steps: the page numbers them itself."""
     return [step for step in steps if not _NUMBERING.fullmatch(step.text)]
