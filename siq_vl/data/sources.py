@@ -2,8 +2,11 @@
 
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,8 +16,9 @@ import pyarrow
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from siq_vl.data.adapters import FORMATS, recognise
-from siq_vl.data.conversations import Conversation, Dropped
+from siq_vl.data.adapters import FORMATS, captions, recognise
+from siq_vl.data.conversations import Conversation, well_formed
+from siq_vl.data.fields import Unreadable, bad_row, kind, parse_row, plain_rows
 from siq_vl.data.filters import FilterConfig
 from siq_vl.data.images import find_under
 
@@ -25,6 +29,13 @@ COCOQA_FILES = {"question": "questions.txt", "answer": "answers.txt", "img_id": 
 # The names that annotation files give to a split; OCR-VQA numbers them.
 _SPLIT_NAMES = {"train": ("train", 1), "validation": ("validation", "val", 2), "val": ("val", "validation", 2)}
 _SPLIT_NAMES["test"] = ("test", 3)
+_TELLING_ROWS = 100  # rows of JSON that tell their format, which a single row might do wrongly
+# Strings and brackets of JSON, which tell where a row ends even when it cannot be read.
+_JSON_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
+_JSON_MARKS = re.compile(_JSON_STRING + r"|[\[\]{},]", re.DOTALL)
+_JSON_NAME = re.compile(rf"\s*({_JSON_STRING})\s*:", re.DOTALL)
+# What code that expects another row raises; the adapters of this project find their words themselves.
+_UNEXPECTED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 _SHUFFLE_BUFFER = 500  # rows of a stream that wait, pictures encoded, to be drawn at random
 
 
@@ -86,6 +97,8 @@ class Source:
         self.json = False  # whether rows are lines of JSON, which may differ in their types
         self.rows = self._open().with_format("arrow")  # pictures stay encoded
         self.adapter = FORMATS[config.format or self._recognised()]
+        if self.adapter is captions and config.instruction is None:
+            raise ValueError("a source of captions asks no question: set `instruction` of this source in the recipe")
 
     def _roots(self, base: Path | None) -> list[Path]:
         """Return the folders that named pictures must lie in."""
@@ -130,26 +143,31 @@ class Source:
 
     def _listed(self, rows: list) -> Dataset | IterableDataset:
         self.json = True
-        listed = Dataset.from_dict({"text": [json.dumps(row) for row in rows]})
+        lines = [_line(row) for row in rows]
+        listed = Dataset.from_dict({"text": [line for line, _ in lines], "fault": [fault for _, fault in lines]})
         return listed.to_iterable_dataset() if self.config.streaming else listed
 
     def _recognised(self) -> str:
-        first = next((row for row in map(self._row, self.rows.iter(1)) if row is not None), {})
-        try:
-            return recognise(list(first))
-        except ValueError as error:
-            raise ValueError(f"source {self.name}: {error}") from error
+        """Return the format of most of the first rows; the rows of a table all have the same columns."""
+        rows = map(self._row, self.rows.iter(1))
+        known = islice((list(row) for row in rows if isinstance(row, Mapping)), _TELLING_ROWS if self.json else 1)
+        found: Counter[str] = Counter()
+        fault: ValueError | None = None
+        for columns in known:
+            try:
+                found[recognise(columns)] += 1
+            except ValueError as error:
+                fault = fault or error
+        if not found:
+            raise ValueError(f"source {self.name}: {fault or 'it has no row that can be read'}") from fault
+        return found.most_common(1)[0][0]
 
-    def _row(self, table: pyarrow.Table) -> Mapping | None:
-        """Return the row of a table of one; None where it should be a JSON object and is not."""
-        row = table.to_pylist()[0]
+    def _row(self, table: pyarrow.Table) -> Mapping | Unreadable:
+        """Return the row of a table of one."""
+        (row,) = plain_rows(table)
         if not self.json:
             return row
-        try:
-            row = json.loads(row["text"])
-        except json.JSONDecodeError:
-            return None
-        return row if isinstance(row, dict) else None
+        return Unreadable(row["fault"]) if row.get("fault") else parse_row(row["text"])
 
     @property
     def streaming(self) -> bool:
@@ -159,28 +177,30 @@ class Source:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def conversation(self, row: Mapping | None) -> Conversation:
-        """Return a row as a conversation.
+    def conversation(self, row: Mapping | Unreadable) -> Conversation:
+        """Return a row as a conversation, every part of which has the type that it must have.
 
         Raises:
             Dropped: the row does not have the form of the others.
         """
         if not isinstance(row, Mapping):
-            raise Dropped("row that cannot be read", "not a JSON object", defect=True)
+            raise bad_row(f"it is {kind(row)}")
         try:
-            return self.adapter(row, self)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise Dropped("row that cannot be read", f"{type(error).__name__}: {error}", defect=True) from error
+            return well_formed(self.adapter(row, self))
+        except _UNEXPECTED as error:
+            name = self.adapter.__name__
+            fault = f"no field {error}" if isinstance(error, KeyError) else f"{error}"
+            raise bad_row(f"the adapter {name} makes no conversation of it ({fault})") from error
 
-    def __getitem__(self, index: int) -> Mapping | None:
-        """Return a row as it is stored, its pictures not decoded; None where it is no JSON object."""
+    def __getitem__(self, index: int) -> Mapping | Unreadable:
+        """Return a row as it is stored, its pictures not decoded."""
         return self._row(self.rows[index])
 
-    def stored(self) -> Iterator[Mapping | None]:
+    def stored(self) -> Iterator[Mapping | Unreadable]:
         """Yield every row as it is stored, in its order."""
         yield from map(self._row, self.rows.iter(1))
 
-    def stream(self, part: int, parts: int, seed: int) -> Iterator[tuple[int, Mapping | None]]:
+    def stream(self, part: int, parts: int, seed: int) -> Iterator[tuple[int, Mapping | Unreadable]]:
         """Yield (number, row), shuffled, of one of the `parts` that the rows are dealt out in.
 
         Files are dealt out where there are enough of them, single rows otherwise. A row has the same number each time.
@@ -233,25 +253,77 @@ def _shuffled(items: Iterator, seed: int) -> Iterator:
 def read_annotations(path: Path, split: str) -> list[Any]:
     """Return the rows of an annotation file: a list, a list under `data`, or objects by their id.
 
-    Rows that name their `split` are kept where it is the one asked for.
+    Rows that name their `split` are kept where it is the one asked for. One that cannot be read is `Unreadable`.
 
     Raises:
         ValueError: the file is not JSON, or has another form.
     """
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is not a JSON file: {error}") from error
+        content = json.loads(text)
+    except RecursionError:
+        content = _row_by_row(text)
+    except ValueError as error:
+        content = None if str(error).startswith("Extra data") else _row_by_row(text)
+        if content is None:
+            raise ValueError(f"{path.name} is not a JSON file: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
-    elif isinstance(content, dict) and all(isinstance(row, dict) for row in content.values()):
-        content = [{"id": name, **row} for name, row in content.items()]
+    elif isinstance(content, dict) and 2 * sum(isinstance(row, dict) for row in content.values()) > len(content):
+        content = [{"id": name, **row} if isinstance(row, dict) else row for name, row in content.items()]
     if not isinstance(content, list):
         raise ValueError(
             f"{path.name} holds neither a list of rows, nor a list under 'data', nor objects by id: convert it to JSONL"
         )
     names = _SPLIT_NAMES.get(split, (split,))
     return [row for row in content if not isinstance(row, dict) or row.get("split", names[0]) in names]
+
+
+def _row_by_row(text: str) -> list | dict | None:
+    """Return the list or object of a JSON text that cannot be read as one, its rows read one by one.
+
+    None where nothing in it can be read.
+    """
+    text = text.strip()
+    if text.startswith("["):
+        rows = [parse_row(piece) for piece in _pieces(text)]
+        return rows if any(isinstance(row, dict) for row in rows) else None
+    members: dict[str, Any] = {}
+    for piece in _pieces(text) if text.startswith("{") else ():
+        name = _JSON_NAME.match(piece)
+        value = piece[name.end() :] if name else piece
+        if name and name.group(1) == '"data"' and value.lstrip().startswith("["):
+            return _row_by_row(value)
+        members[name.group(1).strip('"') if name else str(len(members))] = parse_row(value)
+    return members if any(isinstance(row, dict) for row in members.values()) else None
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield the text of each entry of a list or object, without reading any."""
+    depth, start = 0, 1
+    for mark in _JSON_MARKS.finditer(text):
+        if mark.group() in ("[", "{"):
+            depth += 1
+        elif mark.group() in ("]", "}"):
+            depth -= 1
+        ends = depth == 0 or (depth == 1 and mark.group() == ",")
+        if ends and (piece := text[start : mark.start()]).strip():
+            yield piece
+        if ends:
+            start = mark.end()
+        if depth == 0:
+            return
+    yield text[start:]
+
+
+def _line(row: Any) -> tuple[str, str]:
+    """Return a row of a JSON file as a line of JSON, and, of one that cannot be read, what is wrong with it."""
+    if isinstance(row, Unreadable):
+        return "", row.why
+    try:
+        return json.dumps(row), ""
+    except RecursionError:
+        return "", "JSON that is nested too deeply"
 
 
 def _read_cocoqa(folder: Path) -> list[dict[str, str]]:
