@@ -60,7 +60,7 @@ def trl(row: Mapping, origin: Origin) -> Conversation:
     else:
         listed = [*_turns(row, "prompt", "user"), *_turns(row, "completion", "assistant")]
     messages = [as_object(turn, "a message") for turn in listed]
-    turns = [(as_text(field(turn, "role"), "role"), field(turn, "content")) for turn in messages]
+    turns = [(as_text(field(turn, "role"), "role"), _content(field(turn, "content"), "content")) for turn in messages]
     options = as_object(row.get("chat_template_kwargs") or {}, "chat_template_kwargs")
     options = {name: value for name, value in options.items() if value is not None}  # tables fill up with null
     if all(isinstance(content, str) for _, content in turns):
@@ -218,16 +218,23 @@ def _strings(turns: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
 
 def _turns(row: Mapping, name: str, role: str) -> Sequence[Any]:
     """Return the turns of a `prompt` or a `completion`, which may be plain text."""
-    value = field(row, name)
-    return [{"role": role, "content": value}] if isinstance(value, str) else as_list(value, name)
+    value = _content(field(row, name), name)
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def _parts(content: Any) -> tuple[list[dict], list]:
+def _content(value: Any, name: str) -> str | list:
+    """Return what may be a text or a list: of parts, or of turns."""
+    if value is None:
+        raise bad_row(f"{name} is null, where a text or a list is needed")
+    return list(value) if isinstance(value, (list, tuple)) else as_text(value, name)
+
+
+def _parts(content: str | list) -> tuple[list[dict], list]:
     """Return a message's parts, and the pictures that lie in them."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}], []
     parts, images = [], []
-    for part in as_list(content, "the content of a message"):
+    for part in content:
         part = as_object(part, "a part of a message")
         given = as_text(field(part, "type"), "the type of a part")
         if given == "image":

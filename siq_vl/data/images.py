@@ -113,7 +113,8 @@ def find_under(name: str, roots: Sequence[Path]) -> Path:
     try:
         inside = [path for root in roots if (path := _real(root / name)).is_relative_to(_real(root))]
     except ValueError as error:  # NUL, half of a surrogate pair
-        raise FileNotFoundError(f"no file can be named {shown!r} ({error})") from error
+        why = "it is not Unicode" if isinstance(error, UnicodeError) else "it holds a NUL character"
+        raise FileNotFoundError(f"no file can be named {shown!r}: {why}") from error
     if not inside:
         raise PermissionError(f"{shown} is not inside {', '.join(map(str, roots)) or 'any known folder'}")
     for path in inside:

@@ -263,11 +263,12 @@ def _locate(image: Any, source: Origin) -> Path | bytes | str | Image.Image:
         Dropped: it is missing, out of bounds, or remote without leave.
     """
     if isinstance(image, Mapping):
-        image = image["bytes"] if image.get("bytes") else image.get("path")
+        stored = image.get("bytes")
+        image = image.get("path") if stored is None or (isinstance(stored, bytes) and not stored) else stored
     if isinstance(image, (bytes, Image.Image)):
         return image
     if not isinstance(image, str) or not image:
-        found = "an empty name" if image == "" else kind(image)
+        found = "an empty name" if isinstance(image, str) else kind(image)
         raise Dropped("missing image", f"{found} in place of a picture", defect=True)
     if image.startswith("data:"):
         raise Dropped("inline image", "a data: address: give the picture as a file or as bytes", defect=True)

@@ -261,9 +261,7 @@ def read_annotations(path: Path, split: str) -> list[Any]:
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
         content = json.loads(text)
-    except RecursionError:
-        content = _row_by_row(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         content = None if str(error).startswith("Extra data") else _row_by_row(text)
         if content is None:
             raise ValueError(f"{path.name} is not a JSON file: {error}") from error
@@ -279,23 +277,21 @@ def read_annotations(path: Path, split: str) -> list[Any]:
     return [row for row in content if not isinstance(row, dict) or row.get("split", names[0]) in names]
 
 
-def _row_by_row(text: str) -> list | dict | None:
-    """Return the list or object of a JSON text that cannot be read as one, its rows read one by one.
-
-    None where nothing in it can be read.
-    """
+def _row_by_row(text: str) -> list | None:
+    """Return the rows of a JSON text that cannot be read as a whole, each read on its own; None where none can be."""
     text = text.strip()
     if text.startswith("["):
-        rows = [parse_row(piece) for piece in _pieces(text)]
+        rows: list = [parse_row(piece) for piece in _pieces(text)]
         return rows if any(isinstance(row, dict) for row in rows) else None
-    members: dict[str, Any] = {}
+    rows = []
     for piece in _pieces(text) if text.startswith("{") else ():
         name = _JSON_NAME.match(piece)
         value = piece[name.end() :] if name else piece
         if name and name.group(1) == '"data"' and value.lstrip().startswith("["):
             return _row_by_row(value)
-        members[name.group(1).strip('"') if name else str(len(members))] = parse_row(value)
-    return members if any(isinstance(row, dict) for row in members.values()) else None
+        row = parse_row(value)
+        rows.append({"id": name.group(1).strip('"'), **row} if name and isinstance(row, dict) else row)
+    return rows if any(isinstance(row, dict) for row in rows) else None
 
 
 def _pieces(text: str) -> Iterator[str]:
