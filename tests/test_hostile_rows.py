@@ -782,6 +782,50 @@ def test_values_of_a_table_that_python_does_not_have(streaming, tmp_path, make_i
     assert {entry["row"] for entry in named} == {2, 3, 4, 5, 6, 7}
 
 
+OTHER_FILES = {
+    "numbers": pa.table({"prompt": ["What is 5?"], "completion": [5]}),
+    "objects": pa.table({"prompt": ["What is 5?"], "completion": [[{"role": "assistant", "content": "b"}]]}),
+    "more columns": pa.table({"prompt": ["What is 5?"], "completion": ["b"], "note": ["c"]}),
+    "fewer columns": pa.table({"prompt": ["What is 5?"]}),
+    "no rows": pa.table({"prompt": [], "completion": []}),
+    "nothing": b"",
+    "text": b"not a table",
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", [*OTHER_FILES, "cut off", "damaged inside"])
+def test_a_bad_file_costs_itself_alone(kind, streaming, tmp_path, processor):
+    """A folder whose files differ in their columns, or of which one cannot be read, still gives the rows of the others."""
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    good = pa.table({"prompt": ["What is 0?", "What is 1?"], "completion": ["a", "b"]})
+    pq.write_table(good, folder / "b.parquet")
+    whole = (folder / "b.parquet").read_bytes()
+    damaged = {"cut off": whole[:-20], "damaged inside": whole[:10] + bytes(30) + whole[40:]}
+    other = OTHER_FILES.get(kind, damaged.get(kind))
+    for name in ("a.parquet", "c.parquet"):
+        if isinstance(other, bytes):
+            (folder / name).write_bytes(other)
+        else:
+            pq.write_table(other, folder / name)
+    source = {"path": str(folder), "streaming": streaming}
+    kept, named = read(source, processor, tmp_path, 6 if streaming else None)
+    fits = kind in ("numbers", "objects", "more columns")
+    assert numbers_of(kept) == ({0, 1, 5} if fits else {0, 1})
+    assert len(named) == (0 if fits or kind == "no rows" else 2)
+
+
+def test_a_bad_json_file_costs_itself_alone(tmp_path, processor):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "a.json").write_text("not JSON")
+    (folder / "b.json").write_text(json.dumps([{"prompt": "What is 1?", "completion": "b"}]))
+    kept, named = read({"path": str(folder)}, processor, tmp_path)
+    assert numbers_of(kept) == {1}
+    assert [entry["reason"] for entry in named] == ["file that cannot be read"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     "ratings", [[3], [None], [float("nan")], [2.5], ["x"], "abc", 5, [[]], {}, True, [True], [10**30]]

@@ -174,6 +174,9 @@ def build_mixture(
     drawn = partial(_drawn, task=task, seed=config.data_seed_offset, blind=config.blind)
     sources = [None if each.path == FIGURES else Source(each, base) for each in config.sources]
     _name_apart(sources)
+    for source in sources:
+        for place, (file, why) in enumerate(source.damaged.items() if source is not None else ()):
+            drops.add(source.name, -1 - place, Dropped("file that cannot be read", f"{file}: {why}", defect=True))
     mixed = MixedRows(sources, reader, drawn, config)
     mixture = mixed.stream(readers) if any(each.streaming for each in config.sources) else mixed.stored(count)
     logger.info("training rows\n%s", mixture.report.table())

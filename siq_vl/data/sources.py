@@ -13,7 +13,9 @@ from typing import Any
 
 import datasets
 import pyarrow
+import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from siq_vl.data.adapters import FORMATS, captions, recognise
@@ -95,7 +97,11 @@ class Source:
             raise ValueError(f"there is no source {config.path}: pass a file, a folder, a Hub id or 'figures'")
         self.roots = self._roots(base)
         self.json = False  # whether rows are lines of JSON, which may differ in their types
-        self.rows = self._open().with_format("arrow")  # pictures stay encoded
+        self.damaged: dict[str, str] = {}  # files that cannot be read, and why
+        opened = self._open()
+        self.rows = opened if isinstance(opened, _Joined) else opened.with_format("arrow")  # pictures stay encoded
+        for name, why in self.damaged.items():
+            logger.warning("%s is left out of %s, since it cannot be read: %s", name, self.name, why)
         self.adapter = FORMATS[config.format or self._recognised()]
         if self.adapter is captions and config.instruction is None:
             raise ValueError("a source of captions asks no question: set `instruction` of this source in the recipe")
@@ -113,7 +119,7 @@ class Source:
         folder = self.path if self.path.is_dir() else self.path.parent
         return [folder] if self.config.subset is None else [folder / self.config.subset, folder]
 
-    def _open(self) -> Dataset | IterableDataset:
+    def _open(self) -> "Dataset | IterableDataset | _Joined":
         config, path = self.config, self.path
         if path is None:
             return load_dataset(
@@ -135,11 +141,55 @@ class Source:
         files = _files(path, config.split)
         names, options = [str(file) for file in files], {"split": "train", "streaming": config.streaming}
         if files[0].suffix == ".parquet":
-            return load_dataset("parquet", data_files=names, **options)
+            return self._tables(files)
         if files[0].suffix == ".jsonl":
             self.json = True
             return load_dataset("text", data_files=names, encoding_errors="replace", **options)
-        return self._listed([row for file in files for row in read_annotations(file, config.split)])
+        return self._listed(self._annotated(files))
+
+    def _tables(self, files: Sequence[Path]) -> "Dataset | IterableDataset | _Joined":
+        """Return the rows of parquet files: those of equal columns together, the most rows first."""
+        groups: dict[str, list[str]] = {}
+        sizes: Counter[str] = Counter()
+        for file in files:
+            try:
+                about = pq.read_metadata(file)
+            except (OSError, pyarrow.ArrowException) as error:
+                self.damaged[file.name] = str(error)
+                continue
+            columns = str(about.schema.to_arrow_schema().remove_metadata())
+            sizes[columns] += about.num_rows
+            if about.num_rows:
+                groups.setdefault(columns, []).append(str(file))
+        parts = []
+        for columns in sorted(groups, key=sizes.__getitem__, reverse=True):
+            parts += self._loaded(groups[columns])
+        if not parts:
+            why = "; ".join(f"{name}: {fault}" for name, fault in self.damaged.items()) or "they hold no rows"
+            raise ValueError(f"no parquet file of {self.name} can be read: {why[:500]}")
+        return parts[0] if len(parts) == 1 else _Joined([part.with_format("arrow") for part in parts])
+
+    def _annotated(self, files: Sequence[Path]) -> list:
+        """Return the rows of JSON files; a file that is none is left out, unless all are."""
+        rows, fault = [], None
+        for file in files:
+            try:
+                rows += read_annotations(file, self.split)
+            except ValueError as error:
+                self.damaged[file.name], fault = str(error), fault or error
+        if fault is not None and len(self.damaged) == len(files):
+            raise fault
+        return rows
+
+    def _loaded(self, names: list[str]) -> list[Dataset | IterableDataset]:
+        """Return parquet files as one data set or, where one of them is damaged inside, each of the others."""
+        try:
+            return [load_dataset("parquet", data_files=names, split="train", streaming=self.config.streaming)]
+        except DatasetGenerationError as error:
+            if len(names) == 1:
+                self.damaged[Path(names[0]).name] = str(error.__cause__ or error)
+                return []
+        return [part for name in names for part in self._loaded([name])]
 
     def _listed(self, rows: list) -> Dataset | IterableDataset:
         self.json = True
@@ -149,8 +199,8 @@ class Source:
 
     def _recognised(self) -> str:
         """Return the format of most of the first rows; the rows of a table all have the same columns."""
-        rows = map(self._row, self.rows.iter(1))
-        known = islice((list(row) for row in rows if isinstance(row, Mapping)), _TELLING_ROWS if self.json else 1)
+        differ = self.json or isinstance(self.rows, _Joined)
+        known = islice((list(row) for row in self.stored() if isinstance(row, Mapping)), _TELLING_ROWS if differ else 1)
         found: Counter[str] = Counter()
         fault: ValueError | None = None
         for columns in known:
@@ -162,8 +212,10 @@ class Source:
             raise ValueError(f"source {self.name}: {fault or 'it has no row that can be read'}") from fault
         return found.most_common(1)[0][0]
 
-    def _row(self, table: pyarrow.Table) -> Mapping | Unreadable:
+    def _row(self, table: pyarrow.Table | Unreadable) -> Mapping | Unreadable:
         """Return the row of a table of one."""
+        if isinstance(table, Unreadable):
+            return table
         (row,) = plain_rows(table)
         if not self.json:
             return row
@@ -198,14 +250,14 @@ class Source:
 
     def stored(self) -> Iterator[Mapping | Unreadable]:
         """Yield every row as it is stored, in its order."""
-        yield from map(self._row, self.rows.iter(1))
+        yield from map(self._row, self._every())
 
     def stream(self, part: int, parts: int, seed: int) -> Iterator[tuple[int, Mapping | Unreadable]]:
         """Yield (number, row), shuffled, of one of the `parts` that the rows are dealt out in.
 
         Files are dealt out where there are enough of them, single rows otherwise. A row has the same number each time.
         """
-        if isinstance(self.rows, Dataset):
+        if not self.streaming:
             order = list(range(part, len(self.rows), parts))
             Random(seed).shuffle(order)
             yield from ((index, self[index]) for index in order)
@@ -213,16 +265,37 @@ class Source:
         # `iter`, since plain iteration deals rows out among loader processes once more.
         shards = self.rows.n_shards
         if shards < parts:
-            tables = ((index, table) for index, table in enumerate(self.rows.iter(1)) if index % parts == part)
+            tables = ((index, table) for index, table in enumerate(self._every()) if index % parts == part)
         else:
             mine = list(range(part, shards, parts))
             Random(seed).shuffle(mine)
             tables = (
-                (index * shards + shard, table)
-                for shard in mine
-                for index, table in enumerate(self.rows.shard(shards, shard).iter(1))
+                (index * shards + shard, table) for shard in mine for index, table in enumerate(self._shard(shard))
             )
         yield from ((number, self._row(table)) for number, table in _shuffled(tables, seed))
+
+    def _every(self) -> Iterator[pyarrow.Table | Unreadable]:
+        """Yield every row in its order."""
+        if not self.streaming:
+            yield from self.rows.iter(1)
+            return
+        for shard in range(self.rows.n_shards):
+            yield from self._shard(shard)
+
+    def _shard(self, shard: int) -> Iterator[pyarrow.Table | Unreadable]:
+        """Yield the rows of one of a stream's files; where a local file breaks off, an unreadable row ends it."""
+        tables = self.rows.shard(self.rows.n_shards, shard).iter(1)
+        while True:
+            try:
+                table = next(tables, None)
+            except (OSError, pyarrow.ArrowException) as error:
+                if self.path is None:  # a network that fails is no fault of a row
+                    raise
+                yield Unreadable(f"the end of a damaged file ({error})")
+                return
+            if table is None:
+                return
+            yield table
 
     def find(self, names: Sequence[str]) -> str:
         """Return the first name that is a picture of this source, or the first of all where none is."""
@@ -233,6 +306,39 @@ class Source:
                 continue
             return name
         return names[0]
+
+
+class _Joined:
+    """Files whose columns differ, one after the other: what a source asks of a data set."""
+
+    def __init__(self, parts: Sequence[Any]):
+        self.parts = parts
+
+    @property
+    def n_shards(self) -> int:
+        return sum(part.n_shards for part in self.parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> pyarrow.Table:
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError("there is no such row")
+
+    def iter(self, batch_size: int) -> Iterator[pyarrow.Table]:
+        for part in self.parts:
+            yield from part.iter(batch_size)
+
+    def shard(self, num_shards: int, index: int) -> Any:
+        """Return one of all files; `num_shards` is how many they are."""
+        for part in self.parts:
+            if index < part.n_shards:
+                return part.shard(part.n_shards, index)
+            index -= part.n_shards
+        raise IndexError(f"there is no file {index} of {num_shards}")
 
 
 def _shuffled(items: Iterator, seed: int) -> Iterator:
