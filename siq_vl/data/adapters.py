@@ -63,8 +63,9 @@ def trl(row: Mapping, origin: Origin) -> Conversation:
     turns = [(as_text(field(turn, "role"), "role"), _content(field(turn, "content"), "content")) for turn in messages]
     options = as_object(row.get("chat_template_kwargs") or {}, "chat_template_kwargs")
     options = {name: value for name, value in options.items() if value is not None}  # tables fill up with null
-    if all(isinstance(content, str) for _, content in turns):
-        return Conversation(images, with_markers(turns, len(images)), template_options=options)
+    texts = [(role, content) for role, content in turns if isinstance(content, str)]
+    if len(texts) == len(turns):
+        return Conversation(images, with_markers(texts, len(images)), template_options=options)
     inline, plain = [], []
     for role, content in turns:
         parts, found = _parts(content)

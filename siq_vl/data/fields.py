@@ -133,8 +133,8 @@ def as_object(value: Any, name: str) -> Mapping:
     return value
 
 
-def as_number(value: Any, name: str) -> float:
-    """Return a number.
+def as_number(value: Any, name: str) -> Any:
+    """Return a number, of whatever type it is.
 
     Raises:
         Dropped: it is anything else.

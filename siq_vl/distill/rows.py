@@ -159,6 +159,8 @@ class _Teacher:
         Raises:
             Dropped: a student without eyes is told nothing of its pictures.
         """
+        if not isinstance(row, Mapping):
+            raise bad_row(f"it is {kind(row)}")
         answer = row["golds"][0] if row["direct"] and row["golds"] else row["answer"]
         completion = reasoned("" if row["direct"] else row["rationale"], answer)
         options = {"enable_thinking": not row["direct"]}
