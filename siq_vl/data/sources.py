@@ -429,7 +429,9 @@ def _line(row: Any) -> tuple[str, str]:
 
 
 def _read_cocoqa(folder: Path) -> list[dict[str, str]]:
-    columns = {name: (folder / file).read_text(encoding="utf-8").splitlines() for name, file in COCOQA_FILES.items()}
+    texts = {name: (folder / file).read_text("utf-8", errors="replace") for name, file in COCOQA_FILES.items()}
+    # A line ends at its line break alone, and not, as for `splitlines`, at other characters within it.
+    columns = {name: text.removesuffix("\n").split("\n") for name, text in texts.items()}
     if len({len(values) for values in columns.values()}) > 1:
         lengths = ", ".join(f"{COCOQA_FILES[name]} {len(values)}" for name, values in columns.items())
         raise ValueError(f"the files of COCO-QA must have one line a question each, but have: {lengths}")
