@@ -11,6 +11,7 @@ from string import ascii_uppercase
 from typing import Any, Protocol
 
 from siq_vl.data.conversations import Conversation, Dropped, message, with_markers
+from siq_vl.data.fields import as_items, as_list, as_object, as_text, as_whole, bad_row, field, texts_of
 
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
@@ -31,34 +32,44 @@ Adapter = Callable[[Mapping, Origin], Conversation]
 
 def finevision(row: Mapping, origin: Origin) -> Conversation:
     """FineVision, any subset, and The Cauldron: `images`, `texts` of `user` and `assistant`, ratings turn by turn."""
-    images = row["images"] or []
-    turns = [pair for text in row["texts"] for pair in (("user", text["user"]), ("assistant", text["assistant"]))]
-    ratings = {name: row[f"{name}_ratings"] for name in RATINGS if row.get(f"{name}_ratings")}
+    images = as_items(field(row, "images"))
+    turns = []
+    for text in as_list(field(row, "texts"), "texts"):
+        text = as_object(text, "an entry of texts")
+        turns += [("user", field(text, "user")), ("assistant", field(text, "assistant"))]
+    ratings = {name: row[f"{name}_ratings"] for name in RATINGS if row.get(f"{name}_ratings") is not None}
     return Conversation(images, with_markers(_strings(turns), len(images)), ratings)
 
 
 def llava(row: Mapping, origin: Origin) -> Conversation:
     """LLaVA-Instruct-150k and everything in its format: `image` (a name, several, or none), `conversations`."""
-    images = _list(row.get("image") if row.get("image") is not None else row.get("images"))
-    turns = [(LLAVA_ROLES.get(turn["from"], turn["from"]), turn["value"]) for turn in row["conversations"]]
+    images = as_items(row.get("image") if row.get("image") is not None else row.get("images"))
+    turns = []
+    for turn in as_list(field(row, "conversations"), "conversations"):
+        turn = as_object(turn, "a turn of conversations")
+        role = as_text(field(turn, "from"), "from")
+        turns.append((LLAVA_ROLES.get(role, role), field(turn, "value")))
     return Conversation(images, with_markers(_strings(turns), len(images)))
 
 
 def trl(row: Mapping, origin: Origin) -> Conversation:
     """TRL's formats: `images` or `image`, with `messages` or with `prompt` and `completion`, conversational or plain."""
-    images = _list(row.get("images") if row.get("images") is not None else row.get("image"))
+    images = as_items(row.get("images") if row.get("images") is not None else row.get("image"))
     if row.get("messages") is not None:
-        messages = row["messages"]
+        listed = as_list(row["messages"], "messages")
     else:
-        messages = [*_turns(row["prompt"], "user"), *_turns(row["completion"], "assistant")]
-    options = {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
-    if all(isinstance(turn["content"], str) for turn in messages):
-        turns = [(turn["role"], turn["content"]) for turn in messages]
-        return Conversation(images, with_markers(turns, len(images)), template_options=options)
+        listed = [*_turns(row, "prompt", "user"), *_turns(row, "completion", "assistant")]
+    messages = [as_object(turn, "a message") for turn in listed]
+    turns = [(as_text(field(turn, "role"), "role"), _content(field(turn, "content"), "content")) for turn in messages]
+    options = as_object(row.get("chat_template_kwargs") or {}, "chat_template_kwargs")
+    options = {name: value for name, value in options.items() if value is not None}  # tables fill up with null
+    texts = [(role, content) for role, content in turns if isinstance(content, str)]
+    if len(texts) == len(turns):
+        return Conversation(images, with_markers(texts, len(images)), template_options=options)
     inline, plain = [], []
-    for turn in messages:
-        parts, found = _parts(turn["content"])
-        plain.append({"role": turn["role"], "content": parts})
+    for role, content in turns:
+        parts, found = _parts(content)
+        plain.append({"role": role, "content": parts})
         inline += found
     return Conversation(inline or images, plain, template_options=options)
 
@@ -67,67 +78,74 @@ def scienceqa(row: Mapping, origin: Origin) -> Conversation:
     """ScienceQA, the authors' `problems.json` or the Hub's: question, hint and lettered choices; the letter answers."""
     image = row.get("image") or None
     if isinstance(image, str) and "id" in row:
-        image = origin.find([f"{row.get('split', origin.split)}/{row['id']}/{image}", f"{row['id']}/{image}"])
-    lines = [row["question"], row.get("hint") or ""]
-    lines += [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, row["choices"], strict=False)]
-    answer = row["answer"]
-    if answer is None or not 0 <= answer < len(row["choices"]):
-        raise Dropped("empty answer", f"answer {answer} of {len(row['choices'])} choices", defect=True)
+        split, number = as_text(row.get("split", origin.split), "split"), as_text(row["id"], "id")
+        image = origin.find([f"{split}/{number}/{image}", f"{number}/{image}"])
+    choices = texts_of(field(row, "choices"), "choices")
+    lines = [as_text(field(row, "question"), "question"), as_text(row.get("hint"), "hint")]
+    lines += [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
+    answer = field(row, "answer")
+    place = -1 if answer is None else as_whole(answer, "answer")
+    if not 0 <= place < min(len(choices), len(ascii_uppercase)):
+        raise Dropped("empty answer", f"answer {answer!r} of {len(choices)} choices", defect=True)
     question = "\n".join(line for line in lines if line)
-    return _answered(image, question, ascii_uppercase[answer], origin)
+    return _answered(image, question, ascii_uppercase[place], origin)
 
 
 def textvqa(row: Mapping, origin: Origin) -> Conversation:
     """TextVQA, the authors' JSON (`image_id` names the file) or the Hub's: ten answers, of which the commonest trains."""
     image = row.get("image")
     if image is None:
-        names = [f"{row['image_id']}.jpg", f"train_images/{row['image_id']}.jpg", f"test_images/{row['image_id']}.jpg"]
-        image = origin.find(names)
-    return _answered(image, row["question"], commonest(row["answers"]), origin)
+        name = as_text(field(row, "image_id"), "image_id")
+        image = origin.find([f"{name}.jpg", f"train_images/{name}.jpg", f"test_images/{name}.jpg"])
+    return _answered(image, field(row, "question"), commonest(as_list(field(row, "answers"), "answers")), origin)
 
 
 def chartqa(row: Mapping, origin: Origin) -> Conversation:
     """ChartQA, the authors' JSON (`imgname`) or the Hub's (`image`): `query` and `label`."""
     image = row.get("image")
     if image is None:
-        image = origin.find([row["imgname"], f"png/{row['imgname']}"])
-    return _answered(image, row["query"], commonest(_list(row["label"])), origin)
+        name = as_text(field(row, "imgname"), "imgname")
+        image = origin.find([name, f"png/{name}"])
+    return _answered(image, field(row, "query"), commonest(as_items(field(row, "label"))), origin)
 
 
 def cocoqa(row: Mapping, origin: Origin) -> Conversation:
     """COCO-QA: `question`, `answer`, and the number of a COCO picture, whose file bears one of two kinds of name."""
     image = row.get("image")
     if image is None:
-        number, year = int(row["img_id"]), "train2014" if origin.split == "train" else "val2014"
+        number = as_whole(field(row, "img_id"), "img_id")
+        year = "train2014" if origin.split == "train" else "val2014"
         names = [f"COCO_{year}_{number:012}.jpg", f"{number:012}.jpg"]
         image = origin.find([*names, f"{year}/{names[0]}"])
-    return _answered(image, row["question"], row["answer"], origin)
+    return _answered(image, field(row, "question"), field(row, "answer"), origin)
 
 
 def ocrvqa(row: Mapping, origin: Origin) -> Conversation:
     """OCR-VQA, the authors' `dataset.json` or the Hub's: several `questions` and `answers` on one book cover."""
     image = row.get("image")
     if image is None:
-        endings = dict.fromkeys((str(row.get("imageURL", ".jpg")).rpartition(".")[2], "jpg", "png", "gif"))
-        image = origin.find([name for end in endings for name in (f"{row['id']}.{end}", f"images/{row['id']}.{end}")])
-    pairs = zip(row["questions"], row["answers"], strict=True)
-    turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair, strict=True)]
+        name, address = as_text(field(row, "id"), "id"), as_text(row.get("imageURL", ".jpg"), "imageURL")
+        endings = dict.fromkeys((address.rpartition(".")[2], "jpg", "png", "gif"))
+        image = origin.find([path for end in endings for path in (f"{name}.{end}", f"images/{name}.{end}")])
+    questions, answers = (as_list(field(row, name), name) for name in ("questions", "answers"))
+    if len(questions) != len(answers):
+        raise bad_row(f"it has {len(questions)} questions and {len(answers)} answers, where each needs the other")
+    turns: list[tuple[str, Any]] = []
+    for question, answer in zip(questions, answers, strict=True):
+        turns += [("user", question), ("assistant", answer)]
     return Conversation([image], with_markers(_instructed(turns, origin), 1))
 
 
 def vqa(row: Mapping, origin: Origin) -> Conversation:
     """DocVQA and the like: `image`, `question`, and `answers` or `answer`; the commonest answer, or the first, trains."""
-    answers = _list(row["answers"] if row.get("answers") is not None else row.get("answer"))
-    return _answered(row.get("image"), row["question"], commonest(answers), origin)
+    answers = as_items(field(row, "answers", "answer"))
+    return _answered(row.get("image"), field(row, "question"), commonest(answers), origin)
 
 
 def captions(row: Mapping, origin: Origin) -> Conversation:
     """Pictures with a text: `image` (or `file_name`) and `text` (or `caption`); the recipe's `instruction` asks for it."""
-    if origin.instruction is None:
-        raise ValueError("a source of captions asks no question: set `instruction` of this source in the recipe")
-    image = row["image"] if row.get("image") is not None else row["file_name"]
-    text = row["text"] if row.get("text") is not None else row["caption"]
-    return Conversation([image], [message("user", origin.instruction, 1), message("assistant", _string(text))])
+    image, text = field(row, "image", "file_name"), as_text(field(row, "text", "caption"), "text")
+    return Conversation([image], [message("user", origin.instruction, 1), message("assistant", text)])
 
 
 FORMATS: Mapping[str, Adapter] = {
@@ -179,11 +197,11 @@ def recognise(columns: Sequence[str]) -> str:
 
 def commonest(answers: Sequence[Any]) -> str:
     """Return the answer given most often, the first of them where several are."""
-    counts = Counter(_string(answer) for answer in answers if answer is not None)
+    counts = Counter(as_text(answer, "an answer") for answer in answers if answer is not None)
     return counts.most_common(1)[0][0] if counts else ""
 
 
-def _answered(image: Any, question: str, answer: Any, origin: Origin) -> Conversation:
+def _answered(image: Any, question: Any, answer: Any, origin: Origin) -> Conversation:
     images = [] if image is None else [image]
     turns = _instructed([("user", question), ("assistant", answer)], origin)
     return Conversation(images, with_markers(turns, len(images)))
@@ -195,34 +213,36 @@ def _instructed(turns: Sequence[tuple[str, Any]], origin: Origin) -> list[tuple[
 
 
 def _strings(turns: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
-    return [(role, _string(text)) for role, text in turns]
+    names = {"user": "a question", "assistant": "an answer"}
+    return [(role, as_text(text, names.get(role, "a turn"))) for role, text in turns]
 
 
-def _string(text: Any) -> str:
-    return "" if text is None else str(text)
-
-
-def _list(value: Any) -> list:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _turns(value: str | Sequence[Mapping], role: str) -> Sequence[Mapping]:
+def _turns(row: Mapping, name: str, role: str) -> Sequence[Any]:
+    """Return the turns of a `prompt` or a `completion`, which may be plain text."""
+    value = _content(field(row, name), name)
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def _parts(content: str | Sequence[Mapping]) -> tuple[list[dict], list]:
+def _content(value: Any, name: str) -> str | list:
+    """Return what may be a text or a list: of parts, or of turns."""
+    if value is None:
+        raise bad_row(f"{name} is null, where a text or a list is needed")
+    return list(value) if isinstance(value, (list, tuple)) else as_text(value, name)
+
+
+def _parts(content: str | list) -> tuple[list[dict], list]:
     """Return a message's parts, and the pictures that lie in them."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}], []
     parts, images = [], []
     for part in content:
-        if part["type"] == "image":
+        part = as_object(part, "a part of a message")
+        given = as_text(field(part, "type"), "the type of a part")
+        if given == "image":
             parts.append({"type": "image"})
             images += [part[key] for key in ("image", "path", "url") if part.get(key) is not None][:1]
-        elif part["type"] == "text":
-            parts.append({"type": "text", "text": _string(part["text"])})
+        elif given == "text":
+            parts.append({"type": "text", "text": as_text(field(part, "text"), "the text of a part")})
         else:
-            raise Dropped("content of another type", f"type is {part['type']!r}", defect=True)
+            raise Dropped("content of another type", f"type is {given[:80]!r}", defect=True)
     return parts, images

@@ -4,24 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from siq_vl.data.fields import Dropped, as_list, as_object, bad_row, kind
 from siq_vl.processing_siq_vl import SPECIAL_TOKENS
 
 IMAGE_MARKER = "<image>"
 ROLES = ("system", "user", "assistant")
-
-
-class Dropped(Exception):
-    """A row is left out.
-
-    Args:
-        reason: a few words; rows are counted by it.
-        detail: what exactly is wrong with this row, for the log.
-        defect: the row is broken, rather than unwanted. Too many defects stop a run.
-    """
-
-    def __init__(self, reason: str, detail: str = "", *, defect: bool = False):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail, self.defect = reason, detail, defect
+# What a row may tell the chat template. Not the template itself, which keeps special tokens out of texts.
+TEMPLATE_OPTIONS = ("enable_thinking",)
 
 
 @dataclass(frozen=True)
@@ -34,7 +23,7 @@ class Conversation:
         messages: turns in TRL's format, their content a list of parts `{"type": "image"}` and
             `{"type": "text", "text": ...}`.
         ratings: quality ratings by name, one for each assistant turn (or None where a turn has none).
-        template_options: given to the chat template, for instance `{"enable_thinking": False}`.
+        template_options: given to the chat template: `{"enable_thinking": False}`, or nothing.
     """
 
     images: Sequence[Any]
@@ -96,6 +85,52 @@ def _split_at_markers(text: str) -> list[dict]:
     return parts
 
 
+def well_formed(conversation: Conversation) -> Conversation:
+    """Return a conversation whose parts all have the type that they must have, whoever made it.
+
+    Raises:
+        Dropped: one has another, or a text is not Unicode, or the chat template is given what no row may give it.
+    """
+    as_list(conversation.images, "images")
+    as_object(conversation.ratings, "ratings")
+    for turn in as_list(conversation.messages, "messages"):
+        turn = as_object(turn, "a message")
+        role, content = turn.get("role"), turn.get("content")
+        if not isinstance(role, str):
+            raise bad_row(f"the role of a message is {kind(role)}, where one of {', '.join(ROLES)} is needed")
+        for part in as_list(content, "the content of a message"):
+            part = as_object(part, "a part of a message")
+            if part.get("type") == "text":
+                check_text(part.get("text"))
+            elif part.get("type") != "image":
+                raise bad_row("a part of a message is neither of type text nor of type image")
+    for name, value in as_object(conversation.template_options, "template_options").items():
+        if name not in TEMPLATE_OPTIONS:
+            allowed = ", ".join(TEMPLATE_OPTIONS)
+            raise Dropped("template option", f"a row may set {allowed} alone, not {str(name)[:80]!r}", defect=True)
+        if not isinstance(value, bool):
+            raise Dropped("template option", f"{name} is {kind(value)}, where true or false is needed", defect=True)
+    return conversation
+
+
+def check_text(text: Any) -> None:
+    """Refuse what is no text, or none that can be written as UTF-8.
+
+    Raises:
+        Dropped: it is such.
+    """
+    if not isinstance(text, str):
+        raise bad_row(f"the text of a message is {kind(text)}, where a text is needed")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Dropped(
+            "text that is not Unicode",
+            f"character {error.start} is U+{ord(text[error.start]):04X}, half of a surrogate pair",
+            defect=True,
+        ) from error
+
+
 def check(conversation: Conversation) -> None:
     """Refuse a conversation that cannot be trained on as it is.
 
@@ -108,7 +143,8 @@ def check(conversation: Conversation) -> None:
         raise Dropped("no answer", "the last turn is not the assistant's", defect=True)
     for turn in messages:
         if turn["role"] not in ROLES:
-            raise Dropped("unknown role", f"role is {turn['role']!r}; known are {', '.join(ROLES)}", defect=True)
+            known = ", ".join(ROLES)
+            raise Dropped("unknown role", f"role is {turn['role'][:80]!r}; known are {known}", defect=True)
         text = text_of(turn)
         if turn["role"] == "assistant" and not text.strip():
             raise Dropped("empty answer", defect=True)
@@ -118,6 +154,8 @@ def check(conversation: Conversation) -> None:
             raise Dropped("special token in the text", f"the text holds {found[0]}", defect=True)
     if messages[0]["role"] == "assistant":
         raise Dropped("empty question", "the assistant speaks first", defect=True)
+    if not any(turn["role"] == "user" for turn in messages):
+        raise Dropped("empty question", "there is no turn of the user", defect=True)
     placeholders = sum(part["type"] == "image" for turn in messages for part in turn["content"])
     if placeholders != len(conversation.images):
         raise Dropped(

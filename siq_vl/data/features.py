@@ -20,6 +20,7 @@ from datasets import Dataset
 from PIL import Image
 
 from siq_vl.data.features_store import FeatureStore
+from siq_vl.data.images import read_encoded
 from siq_vl.processing_siq_vl import IMAGE_TOKEN, SiQVLProcessor, load_rgb
 
 KEY_BYTES = 16
@@ -66,10 +67,7 @@ class Pictures:
         Raises:
             ValueError: what `decode` raises; the file cannot be read.
         """
-        try:
-            encoded = content.read_bytes() if isinstance(content, Path) else content
-        except OSError as error:
-            raise ValueError(f"{content!r} cannot be read: {error}") from error
+        encoded = read_encoded(content) if isinstance(content, Path) else content
         return self._picture(_hashed(f"encoded, at most {max_side}", encoded), decode)
 
     def opened(self, image: Any) -> Picture:

@@ -4,9 +4,11 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from siq_vl.data.adapters import RATINGS
 from siq_vl.data.conversations import Conversation, Dropped
+from siq_vl.data.fields import as_list, as_number
 
 # How assistants begin when they refuse. Looked for, in lower case, in the first sentence of an answer.
 REFUSALS = (
@@ -92,14 +94,15 @@ def _bound(reason: str, value: int, most: int | None) -> None:
 
 def _well_rated(conversation: Conversation, least: Mapping[str, int]) -> Conversation:
     """Return the conversation without the turns that are rated too low; their pictures pass to the next turn."""
-    wanted = {name: bound for name, bound in least.items() if conversation.ratings.get(name)}
+    ratings = {name: _ratings(name, conversation.ratings.get(name)) for name in least}
+    wanted = {name: bound for name, bound in least.items() if ratings[name]}
     if not wanted:
         return conversation
     pairs = [conversation.messages[start : start + 2] for start in range(0, len(conversation.messages), 2)]
     kept, orphans = [], []
     low: dict[str, int] = {}
     for index, pair in enumerate(pairs):
-        found = [name for name, bound in wanted.items() if _rating(conversation.ratings[name], index, bound) < bound]
+        found = [name for name, bound in wanted.items() if _rating(ratings[name], index, bound) < bound]
         question, *answer = pair
         images = [part for part in question["content"] if part["type"] == "image"]
         if found:
@@ -115,7 +118,18 @@ def _well_rated(conversation: Conversation, least: Mapping[str, int]) -> Convers
     return replace(conversation, messages=kept, ratings={})
 
 
-def _rating(ratings: Sequence[int | None], index: int, default: int) -> int:
+def _ratings(name: str, given: Any) -> list[float | None]:
+    """Return the ratings of a row's turns, none where it has none; of a turn that was not rated None.
+
+    Raises:
+        Dropped: they are no list of numbers.
+    """
+    listed = [] if given is None else as_list(given, f"{name}_ratings")
+    # A missing number is null in some files and NaN, which differs from itself, in others.
+    return [None if rating is None or rating != rating else as_number(rating, f"{name}_ratings") for rating in listed]
+
+
+def _rating(ratings: Sequence[float | None], index: int, default: float) -> float:
     """Return a turn's rating; a turn that was not rated passes."""
     return default if index >= len(ratings) or ratings[index] is None else ratings[index]
 

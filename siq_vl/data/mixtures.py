@@ -174,6 +174,9 @@ def build_mixture(
     drawn = partial(_drawn, task=task, seed=config.data_seed_offset, blind=config.blind)
     sources = [None if each.path == FIGURES else Source(each, base) for each in config.sources]
     _name_apart(sources)
+    for source in sources:
+        for place, (file, why) in enumerate(source.damaged.items() if source is not None else ()):
+            drops.add(source.name, -1 - place, Dropped("file that cannot be read", f"{file}: {why}", defect=True))
     mixed = MixedRows(sources, reader, drawn, config)
     mixture = mixed.stream(readers) if any(each.streaming for each in config.sources) else mixed.stored(count)
     logger.info("training rows\n%s", mixture.report.table())
@@ -255,7 +258,7 @@ class MixedRows:
             except Dropped as dropped:
                 self.unreadable.add((index, number))
                 drops.add(source.name, number, dropped)
-        raise ValueError(f"no row of {source.name} can be read: {drops.reasons.get(source.name)}")
+        raise ValueError(f"no row of {source.name} can be read: {drops.summary(source.name)}")
 
     def _read(self, batch: Mapping, pictures: Pictures | None = None) -> dict[str, list]:
         rows = [self.row(*place, pictures) for place in zip(batch["source"], batch["position"], strict=True)]
@@ -290,8 +293,8 @@ class MixedRows:
             if len(self.kept[index]) == wanted:
                 break
         if not self.kept[index]:
-            reasons = dict(self.reader.drops.reasons.get(source.name, {}))
-            raise ValueError(f"nothing is left of {source.name}, {len(source)} rows: {reasons or 'it is empty'}")
+            why = self.reader.drops.summary(source.name) or "it is empty"
+            raise ValueError(f"nothing is left of {source.name}, {len(source)} rows: {why}")
 
     def _used(self, count: int | None, shares: Sequence[float], kept: Sequence[int | None]) -> list[int]:
         """Return how many rows each source gives: `count` in all, or as many as repeat none."""
@@ -337,14 +340,9 @@ class MixedRows:
             for position in range(most or 2**40):
                 yield self.drawn(position * readers + part)
         while True:
-            found, before, duplicates = 0, self.reader.drops.read[source.name], Duplicates()
+            found, before = 0, self.reader.drops.read[source.name]
             seed = self.config.data_seed_offset + 1000 * passes if most is None else self.config.data_seed_offset
-            for number, conversation in self.reader.accepted(source, source.stream(part, readers, seed), duplicates):
-                try:
-                    row = self.reader.training_row(source, conversation)
-                except Dropped as dropped:
-                    self.reader.drops.add(source.name, number, dropped)
-                    continue
+            for row in self._passed(source, part, readers, seed):
                 found += 1
                 yield row
                 if found == most:
@@ -352,9 +350,19 @@ class MixedRows:
             if self.reader.drops.read[source.name] == before:
                 return
             if not found:
-                reasons = dict(self.reader.drops.reasons.get(source.name, {}))
-                raise ValueError(f"nothing is left of {source.name}: {reasons}")
+                others = (each for each in range(readers) if each != part)
+                if any(True for other in others for _ in self._passed(source, other, readers, seed)):
+                    return  # only the rows of this reader are all unfit
+                raise ValueError(f"nothing is left of {source.name}: {self.reader.drops.summary(source.name)}")
             passes += 1
+
+    def _passed(self, source: Source, part: int, readers: int, seed: int) -> Iterator[dict]:
+        """Yield the rows of one reader's part of a stream that can be trained on, once, in an order of their own."""
+        for number, conversation in self.reader.accepted(source, source.stream(part, readers, seed), Duplicates()):
+            try:
+                yield self.reader.training_row(source, conversation)
+            except Dropped as dropped:
+                self.reader.drops.add(source.name, number, dropped)
 
 
 def _drawn(index: int, task: str, seed: int, blind: bool) -> dict:

@@ -6,16 +6,19 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
 from PIL import Image
 
 from siq_vl.data.collation import supervised_segments
 from siq_vl.data.conversations import Conversation, Dropped, check
 from siq_vl.data.features import Pictures
+from siq_vl.data.fields import Unreadable, kind
 from siq_vl.data.filters import Duplicates, filtered
-from siq_vl.data.images import decode_image, find_under
+from siq_vl.data.images import decode_image, find_under, read_encoded
 from siq_vl.data.remote import download_image, is_remote
 from siq_vl.data.scoring import BATCH_SIZE, scored_text
 from siq_vl.data.sources import Source, SourceConfig
@@ -41,6 +44,7 @@ class DropLog:
         self.read: Counter[str] = Counter()
         self.defects: Counter[str] = Counter()
         self.reasons: dict[str, Counter[str]] = {}
+        self._examples: dict[tuple[str, str], str] = {}  # the first detail of each reason
         self._known: set[tuple[str, int]] = set()
 
     def add(self, source: str, row: int, dropped: Dropped) -> None:
@@ -54,6 +58,7 @@ class DropLog:
         self._known.add((source, row))
         reasons = self.reasons.setdefault(source, Counter())
         reasons[dropped.reason] += 1
+        self._examples.setdefault((source, dropped.reason), dropped.detail)
         if self.path is not None:
             entry = {"source": source, "row": row, "reason": dropped.reason, "detail": dropped.detail}
             with open(self.path, "a", encoding="utf-8") as log:
@@ -68,6 +73,12 @@ class DropLog:
                 + (f" (each row is named in {self.path.name} in the output folder)" if self.path else "")
                 + ", or raise max_bad_share"
             )
+
+    def summary(self, source: str) -> str:
+        """Return how many rows of a source were left out for which reason, and what was wrong with the first of each."""
+        counts = dict(self.reasons.get(source, Counter()).most_common())
+        examples = [f"{name}: {detail}" for name in counts if (detail := self._examples[source, name])]
+        return f"{counts}" + (f" (for instance, {'; '.join(examples)})" if examples else "") if counts else ""
 
     def merged(self) -> dict[str, dict[str, int]]:
         """Return rows left out, by source and reason, of all processes that share the file, each row once."""
@@ -101,7 +112,7 @@ class Origin(Protocol):
     def name(self) -> str:
         """What its rows are called by."""
 
-    def conversation(self, row: Mapping | None) -> Conversation:
+    def conversation(self, row: Mapping | Unreadable) -> Conversation:
         """Return a stored row as a conversation."""
 
 
@@ -129,7 +140,7 @@ class Reader:
         self.drops, self.processor, self.max_length = drops, processor, max_length
         self.max_image_side, self.scorer, self.blind = max_image_side, scorer, blind
 
-    def conversation(self, source: Origin, row: Mapping | None) -> Conversation:
+    def conversation(self, source: Origin, row: Mapping | Unreadable) -> Conversation:
         """Return what checks and filters leave of a row, its pictures not yet opened.
 
         Raises:
@@ -169,19 +180,19 @@ class Reader:
             Dropped: it is missing, damaged, too large to be safe, out of bounds, or remote without leave.
         """
         found = _locate(image, source)
-        if isinstance(found, Image.Image):
-            return to_rgb(found)
         name = found.name if isinstance(found, Path) else f"a picture of {source.name}"
         try:
+            if isinstance(found, Image.Image):
+                return to_rgb(found)
             content = download_image(found) if isinstance(found, str) else found
             decode = partial(decode_image, content, name, self.max_image_side)
             return decode() if pictures is None else pictures.encoded(content, self.max_image_side, decode)
-        except ValueError as error:
+        except (ValueError, HTTPException) as error:
             reason = "image too large" if "too many pixels" in str(error) else "image that cannot be read"
             raise Dropped(reason, str(error), defect=True) from error
 
     def accepted(
-        self, source: Source, rows: Iterator[tuple[int, Mapping | None]], duplicates: Duplicates
+        self, source: Source, rows: Iterator[tuple[int, Mapping | Unreadable]], duplicates: Duplicates
     ) -> Iterator[tuple[int, Conversation]]:
         """Yield (number, conversation) of the rows that pass every check and filter, pictures not opened."""
         filters = source.config.filters
@@ -223,10 +234,18 @@ class Reader:
                 yield number, conversation
 
     def _check_length(self, conversation: Conversation, sizes: list[tuple[int, int]] | None) -> None:
-        """Refuse a row of more than `max_length` tokens; `sizes` (height, width) of its pictures where they are known."""
-        if self.processor is None or self.max_length is None:
+        """Refuse a row that the chat template does not take, or of more than `max_length` tokens.
+
+        `sizes` (height, width) of its pictures are given where they are known.
+        """
+        if self.processor is None or (self.max_length is None and sizes is not None):
             return
-        segments = supervised_segments(self.processor, conversation.messages, conversation.template_options)
+        try:
+            segments = supervised_segments(self.processor, conversation.messages, conversation.template_options)
+        except (ValueError, TemplateError) as error:
+            raise Dropped("refused by the chat template", str(error), defect=True) from error
+        if self.max_length is None:
+            return
         tokens = self.processor.tokenizer([text for text, _ in segments], add_special_tokens=False)["input_ids"]
         count = sum(map(len, tokens)) - len(conversation.images)  # each picture is one token of the text so far
         if sizes:
@@ -244,28 +263,39 @@ def _locate(image: Any, source: Origin) -> Path | bytes | str | Image.Image:
         Dropped: it is missing, out of bounds, or remote without leave.
     """
     if isinstance(image, Mapping):
-        image = image["bytes"] if image.get("bytes") else image.get("path")
+        stored = image.get("bytes")
+        image = image.get("path") if stored is None or (isinstance(stored, bytes) and not stored) else stored
     if isinstance(image, (bytes, Image.Image)):
         return image
     if not isinstance(image, str) or not image:
-        raise Dropped("missing image", f"a {type(image).__name__} in place of a picture", defect=True)
+        found = "an empty name" if isinstance(image, str) else kind(image)
+        raise Dropped("missing image", f"{found} in place of a picture", defect=True)
+    if image.startswith("data:"):
+        raise Dropped("inline image", "a data: address: give the picture as a file or as bytes", defect=True)
     if is_remote(image):
         if not source.config.allow_remote_images:
-            raise Dropped("remote image", f"{image}: set allow_remote_images to fetch it", defect=True)
+            raise Dropped("remote image", f"{image[:200]}: set allow_remote_images to fetch it", defect=True)
         return image
     try:
         return find_under(image, source.roots)
     except FileNotFoundError as error:
         raise Dropped("missing image", str(error), defect=True) from error
-    except (PermissionError, OSError, ValueError) as error:  # also names that no file system takes
+    except PermissionError as error:
         raise Dropped("image outside the folder", str(error), defect=True) from error
 
 
 def _content(image: Any, source: Source) -> bytes:
-    """Return what tells a picture from others: its bytes, stored, or its address."""
+    """Return what tells a picture from others: its bytes, stored, or its address.
+
+    Raises:
+        Dropped: it is not there, or cannot be read.
+    """
     found = _locate(image, source)
-    if isinstance(found, Path):
-        return found.read_bytes()
-    if isinstance(found, Image.Image):
-        return found.tobytes()
-    return found.encode() if isinstance(found, str) else found
+    try:
+        if isinstance(found, Path):
+            return read_encoded(found)
+        if isinstance(found, Image.Image):
+            return to_rgb(found).tobytes()
+        return found.encode() if isinstance(found, str) else found
+    except ValueError as error:
+        raise Dropped("image that cannot be read", str(error), defect=True) from error

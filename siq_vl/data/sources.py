@@ -2,19 +2,25 @@
 
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import datasets
 import pyarrow
+import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from siq_vl.data.adapters import FORMATS, recognise
-from siq_vl.data.conversations import Conversation, Dropped
+from siq_vl.data.adapters import FORMATS, captions, recognise
+from siq_vl.data.conversations import Conversation, well_formed
+from siq_vl.data.fields import Unreadable, bad_row, kind, parse_row, plain_rows
 from siq_vl.data.filters import FilterConfig
 from siq_vl.data.images import find_under
 
@@ -25,6 +31,13 @@ COCOQA_FILES = {"question": "questions.txt", "answer": "answers.txt", "img_id": 
 # The names that annotation files give to a split; OCR-VQA numbers them.
 _SPLIT_NAMES = {"train": ("train", 1), "validation": ("validation", "val", 2), "val": ("val", "validation", 2)}
 _SPLIT_NAMES["test"] = ("test", 3)
+_TELLING_ROWS = 100  # rows of JSON that tell their format, which a single row might do wrongly
+# Strings and brackets of JSON, which tell where a row ends even when it cannot be read.
+_JSON_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
+_JSON_MARKS = re.compile(_JSON_STRING + r"|[\[\]{},]", re.DOTALL)
+_JSON_NAME = re.compile(rf"\s*({_JSON_STRING})\s*:", re.DOTALL)
+# What code that expects another row raises; the adapters of this project find their words themselves.
+_UNEXPECTED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 _SHUFFLE_BUFFER = 500  # rows of a stream that wait, pictures encoded, to be drawn at random
 
 
@@ -84,8 +97,14 @@ class Source:
             raise ValueError(f"there is no source {config.path}: pass a file, a folder, a Hub id or 'figures'")
         self.roots = self._roots(base)
         self.json = False  # whether rows are lines of JSON, which may differ in their types
-        self.rows = self._open().with_format("arrow")  # pictures stay encoded
+        self.damaged: dict[str, str] = {}  # files that cannot be read, and why
+        opened = self._open()
+        self.rows = opened if isinstance(opened, _Joined) else opened.with_format("arrow")  # pictures stay encoded
+        for name, why in self.damaged.items():
+            logger.warning("%s is left out of %s, since it cannot be read: %s", name, self.name, why)
         self.adapter = FORMATS[config.format or self._recognised()]
+        if self.adapter is captions and config.instruction is None:
+            raise ValueError("a source of captions asks no question: set `instruction` of this source in the recipe")
 
     def _roots(self, base: Path | None) -> list[Path]:
         """Return the folders that named pictures must lie in."""
@@ -100,7 +119,7 @@ class Source:
         folder = self.path if self.path.is_dir() else self.path.parent
         return [folder] if self.config.subset is None else [folder / self.config.subset, folder]
 
-    def _open(self) -> Dataset | IterableDataset:
+    def _open(self) -> "Dataset | IterableDataset | _Joined":
         config, path = self.config, self.path
         if path is None:
             return load_dataset(
@@ -122,34 +141,85 @@ class Source:
         files = _files(path, config.split)
         names, options = [str(file) for file in files], {"split": "train", "streaming": config.streaming}
         if files[0].suffix == ".parquet":
-            return load_dataset("parquet", data_files=names, **options)
+            return self._tables(files)
         if files[0].suffix == ".jsonl":
             self.json = True
             return load_dataset("text", data_files=names, encoding_errors="replace", **options)
-        return self._listed([row for file in files for row in read_annotations(file, config.split)])
+        return self._listed(self._annotated(files))
+
+    def _tables(self, files: Sequence[Path]) -> "Dataset | IterableDataset | _Joined":
+        """Return the rows of parquet files: those of equal columns together, the most rows first."""
+        groups: dict[str, list[str]] = {}
+        sizes: Counter[str] = Counter()
+        for file in files:
+            try:
+                about = pq.read_metadata(file)
+            except (OSError, pyarrow.ArrowException) as error:
+                self.damaged[file.name] = str(error)
+                continue
+            columns = str(about.schema.to_arrow_schema().remove_metadata())
+            sizes[columns] += about.num_rows
+            if about.num_rows:
+                groups.setdefault(columns, []).append(str(file))
+        parts = []
+        for columns in sorted(groups, key=sizes.__getitem__, reverse=True):
+            parts += self._loaded(groups[columns])
+        if not parts:
+            why = "; ".join(f"{name}: {fault}" for name, fault in self.damaged.items()) or "they hold no rows"
+            raise ValueError(f"no parquet file of {self.name} can be read: {why[:500]}")
+        return parts[0] if len(parts) == 1 else _Joined([part.with_format("arrow") for part in parts])
+
+    def _annotated(self, files: Sequence[Path]) -> list:
+        """Return the rows of JSON files; a file that is none is left out, unless all are."""
+        rows, fault = [], None
+        for file in files:
+            try:
+                rows += read_annotations(file, self.split)
+            except ValueError as error:
+                self.damaged[file.name], fault = str(error), fault or error
+        if fault is not None and len(self.damaged) == len(files):
+            raise fault
+        return rows
+
+    def _loaded(self, names: list[str]) -> list[Dataset | IterableDataset]:
+        """Return parquet files as one data set or, where one of them is damaged inside, each of the others."""
+        try:
+            return [load_dataset("parquet", data_files=names, split="train", streaming=self.config.streaming)]
+        except DatasetGenerationError as error:
+            if len(names) == 1:
+                self.damaged[Path(names[0]).name] = str(error.__cause__ or error)
+                return []
+        return [part for name in names for part in self._loaded([name])]
 
     def _listed(self, rows: list) -> Dataset | IterableDataset:
         self.json = True
-        listed = Dataset.from_dict({"text": [json.dumps(row) for row in rows]})
+        lines = [_line(row) for row in rows]
+        listed = Dataset.from_dict({"text": [line for line, _ in lines], "fault": [fault for _, fault in lines]})
         return listed.to_iterable_dataset() if self.config.streaming else listed
 
     def _recognised(self) -> str:
-        first = next((row for row in map(self._row, self.rows.iter(1)) if row is not None), {})
-        try:
-            return recognise(list(first))
-        except ValueError as error:
-            raise ValueError(f"source {self.name}: {error}") from error
+        """Return the format of most of the first rows; the rows of a table all have the same columns."""
+        differ = self.json or isinstance(self.rows, _Joined)
+        known = islice((list(row) for row in self.stored() if isinstance(row, Mapping)), _TELLING_ROWS if differ else 1)
+        found: Counter[str] = Counter()
+        fault: ValueError | None = None
+        for columns in known:
+            try:
+                found[recognise(columns)] += 1
+            except ValueError as error:
+                fault = fault or error
+        if not found:
+            raise ValueError(f"source {self.name}: {fault or 'it has no row that can be read'}") from fault
+        return found.most_common(1)[0][0]
 
-    def _row(self, table: pyarrow.Table) -> Mapping | None:
-        """Return the row of a table of one; None where it should be a JSON object and is not."""
-        row = table.to_pylist()[0]
+    def _row(self, table: pyarrow.Table | Unreadable) -> Mapping | Unreadable:
+        """Return the row of a table of one."""
+        if isinstance(table, Unreadable):
+            return table
+        (row,) = plain_rows(table)
         if not self.json:
             return row
-        try:
-            row = json.loads(row["text"])
-        except json.JSONDecodeError:
-            return None
-        return row if isinstance(row, dict) else None
+        return Unreadable(row["fault"]) if row.get("fault") else parse_row(row["text"])
 
     @property
     def streaming(self) -> bool:
@@ -159,33 +229,35 @@ class Source:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def conversation(self, row: Mapping | None) -> Conversation:
-        """Return a row as a conversation.
+    def conversation(self, row: Mapping | Unreadable) -> Conversation:
+        """Return a row as a conversation, every part of which has the type that it must have.
 
         Raises:
             Dropped: the row does not have the form of the others.
         """
         if not isinstance(row, Mapping):
-            raise Dropped("row that cannot be read", "not a JSON object", defect=True)
+            raise bad_row(f"it is {kind(row)}")
         try:
-            return self.adapter(row, self)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise Dropped("row that cannot be read", f"{type(error).__name__}: {error}", defect=True) from error
+            return well_formed(self.adapter(row, self))
+        except _UNEXPECTED as error:
+            name = self.adapter.__name__
+            fault = f"no field {error}" if isinstance(error, KeyError) else f"{error}"
+            raise bad_row(f"the adapter {name} makes no conversation of it ({fault})") from error
 
-    def __getitem__(self, index: int) -> Mapping | None:
-        """Return a row as it is stored, its pictures not decoded; None where it is no JSON object."""
+    def __getitem__(self, index: int) -> Mapping | Unreadable:
+        """Return a row as it is stored, its pictures not decoded."""
         return self._row(self.rows[index])
 
-    def stored(self) -> Iterator[Mapping | None]:
+    def stored(self) -> Iterator[Mapping | Unreadable]:
         """Yield every row as it is stored, in its order."""
-        yield from map(self._row, self.rows.iter(1))
+        yield from map(self._row, self._every())
 
-    def stream(self, part: int, parts: int, seed: int) -> Iterator[tuple[int, Mapping | None]]:
+    def stream(self, part: int, parts: int, seed: int) -> Iterator[tuple[int, Mapping | Unreadable]]:
         """Yield (number, row), shuffled, of one of the `parts` that the rows are dealt out in.
 
         Files are dealt out where there are enough of them, single rows otherwise. A row has the same number each time.
         """
-        if isinstance(self.rows, Dataset):
+        if not self.streaming:
             order = list(range(part, len(self.rows), parts))
             Random(seed).shuffle(order)
             yield from ((index, self[index]) for index in order)
@@ -193,16 +265,37 @@ class Source:
         # `iter`, since plain iteration deals rows out among loader processes once more.
         shards = self.rows.n_shards
         if shards < parts:
-            tables = ((index, table) for index, table in enumerate(self.rows.iter(1)) if index % parts == part)
+            tables = ((index, table) for index, table in enumerate(self._every()) if index % parts == part)
         else:
             mine = list(range(part, shards, parts))
             Random(seed).shuffle(mine)
             tables = (
-                (index * shards + shard, table)
-                for shard in mine
-                for index, table in enumerate(self.rows.shard(shards, shard).iter(1))
+                (index * shards + shard, table) for shard in mine for index, table in enumerate(self._shard(shard))
             )
         yield from ((number, self._row(table)) for number, table in _shuffled(tables, seed))
+
+    def _every(self) -> Iterator[pyarrow.Table | Unreadable]:
+        """Yield every row in its order."""
+        if not self.streaming:
+            yield from self.rows.iter(1)
+            return
+        for shard in range(self.rows.n_shards):
+            yield from self._shard(shard)
+
+    def _shard(self, shard: int) -> Iterator[pyarrow.Table | Unreadable]:
+        """Yield the rows of one of a stream's files; where a local file breaks off, an unreadable row ends it."""
+        tables = self.rows.shard(self.rows.n_shards, shard).iter(1)
+        while True:
+            try:
+                table = next(tables, None)
+            except (OSError, pyarrow.ArrowException) as error:
+                if self.path is None:  # a network that fails is no fault of a row
+                    raise
+                yield Unreadable(f"the end of a damaged file ({error})")
+                return
+            if table is None:
+                return
+            yield table
 
     def find(self, names: Sequence[str]) -> str:
         """Return the first name that is a picture of this source, or the first of all where none is."""
@@ -213,6 +306,39 @@ class Source:
                 continue
             return name
         return names[0]
+
+
+class _Joined:
+    """Files whose columns differ, one after the other: what a source asks of a data set."""
+
+    def __init__(self, parts: Sequence[Any]):
+        self.parts = parts
+
+    @property
+    def n_shards(self) -> int:
+        return sum(part.n_shards for part in self.parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> pyarrow.Table:
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError("there is no such row")
+
+    def iter(self, batch_size: int) -> Iterator[pyarrow.Table]:
+        for part in self.parts:
+            yield from part.iter(batch_size)
+
+    def shard(self, num_shards: int, index: int) -> Any:
+        """Return one of all files; `num_shards` is how many they are."""
+        for part in self.parts:
+            if index < part.n_shards:
+                return part.shard(part.n_shards, index)
+            index -= part.n_shards
+        raise IndexError(f"there is no file {index} of {num_shards}")
 
 
 def _shuffled(items: Iterator, seed: int) -> Iterator:
@@ -233,19 +359,22 @@ def _shuffled(items: Iterator, seed: int) -> Iterator:
 def read_annotations(path: Path, split: str) -> list[Any]:
     """Return the rows of an annotation file: a list, a list under `data`, or objects by their id.
 
-    Rows that name their `split` are kept where it is the one asked for.
+    Rows that name their `split` are kept where it is the one asked for. One that cannot be read is `Unreadable`.
 
     Raises:
         ValueError: the file is not JSON, or has another form.
     """
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is not a JSON file: {error}") from error
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        content = None if str(error).startswith("Extra data") else _row_by_row(text)
+        if content is None:
+            raise ValueError(f"{path.name} is not a JSON file: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
-    elif isinstance(content, dict) and all(isinstance(row, dict) for row in content.values()):
-        content = [{"id": name, **row} for name, row in content.items()]
+    elif isinstance(content, dict) and 2 * sum(isinstance(row, dict) for row in content.values()) > len(content):
+        content = [{"id": name, **row} if isinstance(row, dict) else row for name, row in content.items()]
     if not isinstance(content, list):
         raise ValueError(
             f"{path.name} holds neither a list of rows, nor a list under 'data', nor objects by id: convert it to JSONL"
@@ -254,8 +383,55 @@ def read_annotations(path: Path, split: str) -> list[Any]:
     return [row for row in content if not isinstance(row, dict) or row.get("split", names[0]) in names]
 
 
+def _row_by_row(text: str) -> list | None:
+    """Return the rows of a JSON text that cannot be read as a whole, each read on its own; None where none can be."""
+    text = text.strip()
+    if text.startswith("["):
+        rows: list = [parse_row(piece) for piece in _pieces(text)]
+        return rows if any(isinstance(row, dict) for row in rows) else None
+    rows = []
+    for piece in _pieces(text) if text.startswith("{") else ():
+        name = _JSON_NAME.match(piece)
+        value = piece[name.end() :] if name else piece
+        if name and name.group(1) == '"data"' and value.lstrip().startswith("["):
+            return _row_by_row(value)
+        row = parse_row(value)
+        rows.append({"id": name.group(1).strip('"'), **row} if name and isinstance(row, dict) else row)
+    return rows if any(isinstance(row, dict) for row in rows) else None
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield the text of each entry of a list or object, without reading any."""
+    depth, start = 0, 1
+    for mark in _JSON_MARKS.finditer(text):
+        if mark.group() in ("[", "{"):
+            depth += 1
+        elif mark.group() in ("]", "}"):
+            depth -= 1
+        ends = depth == 0 or (depth == 1 and mark.group() == ",")
+        if ends and (piece := text[start : mark.start()]).strip():
+            yield piece
+        if ends:
+            start = mark.end()
+        if depth == 0:
+            return
+    yield text[start:]
+
+
+def _line(row: Any) -> tuple[str, str]:
+    """Return a row of a JSON file as a line of JSON, and, of one that cannot be read, what is wrong with it."""
+    if isinstance(row, Unreadable):
+        return "", row.why
+    try:
+        return json.dumps(row), ""
+    except RecursionError:
+        return "", "JSON that is nested too deeply"
+
+
 def _read_cocoqa(folder: Path) -> list[dict[str, str]]:
-    columns = {name: (folder / file).read_text(encoding="utf-8").splitlines() for name, file in COCOQA_FILES.items()}
+    texts = {name: (folder / file).read_text("utf-8", errors="replace") for name, file in COCOQA_FILES.items()}
+    # A line ends at its line break alone, and not, as for `splitlines`, at other characters within it.
+    columns = {name: text.removesuffix("\n").split("\n") for name, text in texts.items()}
     if len({len(values) for values in columns.values()}) > 1:
         lengths = ", ".join(f"{COCOQA_FILES[name]} {len(values)}" for name, values in columns.items())
         raise ValueError(f"the files of COCO-QA must have one line a question each, but have: {lengths}")

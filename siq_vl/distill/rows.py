@@ -4,7 +4,6 @@ One row is one trace: the question with its pictures, answered by `<think>ration
 for a share of the rows, by the answer alone. A trace that is left out is counted by its reason, as a mixture's rows are.
 """
 
-import json
 import logging
 import re
 from collections import Counter, defaultdict
@@ -13,11 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from siq_vl.data.conversations import Conversation, Dropped, message
+from siq_vl.data.conversations import Conversation, Dropped, check, check_text, message, well_formed
 from siq_vl.data.features import Pictures
+from siq_vl.data.fields import Unreadable, as_items, as_text, bad_row, kind, parse_row, plain_rows, texts_of
+from siq_vl.data.fields import field as column
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.figures.rows import reasoned
 from siq_vl.data.mixtures import MixtureReport, SourceCount
@@ -31,9 +33,12 @@ logger = logging.getLogger(__name__)
 CURRICULA = ("none", "length")
 STUDENTS = ("multimodal", "text")
 DIRECT = "direct answers"  # what loss and counts call the rows that do not reason
+NO_TEACHER = "no teacher"  # what counts call the rows whose teacher is not named
 CAPTIONS_FILE = "captions.jsonl"
 _COLUMNS = ("sample_id", "question", "golds", "choices", "teacher", "rationale", "answer", "rejected_by", "verdict")
-_DRAWN = re.compile(r"(train|validation|test|combinations)/(\d+)/(scenes|charts|documents)/(\d+)")
+_TEXTS = ("sample_id", "question", "teacher", "rationale", "answer", "verdict")
+_RULE = re.compile(r"[a-z_]{1,40}")
+_DRAWN = re.compile(r"(train|validation|test|combinations)/(\d{1,18})/(scenes|charts|documents)/(\d{1,18})")
 _SCANNED = 1024  # traces that are looked through together
 # The most tokens that the chat template adds to a question and its answer, pictures not counted.
 _TEMPLATE_TOKENS = 64
@@ -148,16 +153,22 @@ class _Teacher:
         self.name, self.roots, self.config = name, [folder], SourceConfig(str(folder))
         self._descriptions = pictures_as
 
-    def conversation(self, row: Mapping | None) -> Conversation:
-        """Return a trace as the one turn that is trained on."""
+    def conversation(self, row: Mapping | Unreadable) -> Conversation:
+        """Return a trace, as `_validated` leaves it, as the one turn that is trained on.
+
+        Raises:
+            Dropped: a student without eyes is told nothing of its pictures.
+        """
+        if not isinstance(row, Mapping):
+            raise bad_row(f"it is {kind(row)}")
         answer = row["golds"][0] if row["direct"] and row["golds"] else row["answer"]
         completion = reasoned("" if row["direct"] else row["rationale"], answer)
         options = {"enable_thinking": not row["direct"]}
-        images, question = list(row["images"] or row.get("image_paths") or ()), asked(row)
+        images, question = as_items(row["images"] or row.get("image_paths")), asked(row)
         if self._descriptions is not None:
             images, question = [], f"{self._descriptions.of(row)}\n{question}"
         turns = [message("user", question, len(images)), message("assistant", completion)]
-        return Conversation(images, turns, template_options=options)
+        return well_formed(Conversation(images, turns, template_options=options))
 
 
 def asked(row: Mapping) -> str:
@@ -170,31 +181,38 @@ class Descriptions:
     """What a student without eyes is told of a picture: its caption, and the text in it.
 
     They are columns `caption` and `ocr` of the store, or of `captions.jsonl` beside its data (one object a line, with
-    the `sample_id`); drawn figures have their own.
+    the `sample_id`); drawn figures have their own. A line that is no such object is left out.
+
+    Args:
+        folder: the store.
+        drops: takes note of the lines that are left out, by their number.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, drops: DropLog):
         self._folder = folder
         self._listed: dict[str, Mapping] = {}
         path = folder / CAPTIONS_FILE
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
-            try:
-                entry = json.loads(line)
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            drops.read[CAPTIONS_FILE] += 1
+            entry = parse_row(line)
+            if isinstance(entry, Mapping) and isinstance(entry.get("sample_id"), str | int):
                 self._listed[str(entry["sample_id"])] = entry
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path.name}, line {number} is not an object with a sample_id: write one a line, as "
-                    '{"sample_id": "...", "caption": "...", "ocr": "..."}'
-                ) from error
+                continue
+            fault = f"it is {kind(entry)}" if isinstance(entry, Unreadable) else "its sample_id is missing or no text"
+            fault = f"{CAPTIONS_FILE}, line {number} is not an object with a sample_id: {fault}"
+            drops.add(CAPTIONS_FILE, number, Dropped("caption that cannot be read", fault, defect=True))
 
     def of(self, row: Mapping) -> str:
         """Return the description of a trace's pictures.
 
         Raises:
-            ValueError: there is none.
+            Dropped: there is none, or it is no text.
         """
         entry = {**row, **self._listed.get(row["sample_id"], {})}
-        caption, text = entry.get("caption"), entry.get("ocr")
+        caption, text = as_text(entry.get("caption"), "caption"), as_text(entry.get("ocr"), "ocr")
         lines = [*([caption] if caption else []), *([f"Text in the picture: {text}"] if text else [])]
         if not lines and (found := _DRAWN.fullmatch(row["sample_id"])):
             split, seed, domain, index = found.groups()
@@ -202,11 +220,12 @@ class Descriptions:
             if drawn.question.text == row["question"]:
                 lines = [drawn.figure.caption]
         if not lines:
-            raise ValueError(
-                f"student is 'text', and sample {row['sample_id']!r} has neither caption nor OCR text: give them as columns "
-                f"`caption` and `ocr` of the store, or in {self._folder / CAPTIONS_FILE}, one line a sample: "
+            fault = (
+                f"student is 'text', and sample {row['sample_id']!r:.80} has neither caption nor OCR text: give them as "
+                f"columns `caption` and `ocr` of the store, or in {self._folder / CAPTIONS_FILE}, one line a sample: "
                 '{"sample_id": "...", "caption": "...", "ocr": "..."}'
             )
+            raise Dropped("neither caption nor OCR text", fault, defect=True)
         return "\n".join(lines)
 
 
@@ -245,17 +264,17 @@ def training_traces(
     weights = _weights(config, stored, folder)
     drops = DropLog(max_bad_share, drop_log)
     drops.begin({"traces": asdict(config), "max_length": max_length})
-    if config.student == "multimodal" and _all_short(stored, processor, max_length):
-        max_length = None  # counting every row's tokens takes longer than reading it
-    reader = Reader(drops, processor, max_length, max_image_side, blind=blind)
-    descriptions = Descriptions(folder) if config.student == "text" else None
+    all_short = config.student == "multimodal" and _all_short(stored, processor, max_length)
+    # Counting every row's tokens takes longer than reading it.
+    reader = Reader(drops, None if all_short else processor, max_length, max_image_side, blind=blind)
+    descriptions = Descriptions(folder, drops) if config.student == "text" else None
     root = Path(config.image_root) if config.image_root else folder
     teachers = {name: _Teacher(name, root, descriptions) for name in weights}
     usable = list(_usable(stored, teachers, reader, config, processor))
     parts = _split(usable, config.validation_share, seed)
     train = _chosen(parts[False], weights, config, seed)
     if not train or (config.validation_share and not parts[True]):
-        left_out = {name: dict(reasons) for name, reasons in drops.reasons.items()}
+        left_out = ", ".join(f"{name}: {drops.summary(name)}" for name in drops.reasons)
         raise ValueError(
             f"{folder} leaves {len(train)} traces to train on, of teachers {', '.join(weights)} (left out: {left_out or 'none'}): "
             "generate more, or loosen max_rationale_tokens, max_length, verified or validation_share"
@@ -285,7 +304,7 @@ def _open(folder: Path) -> Dataset:
 
 
 def _weights(config: TraceArguments, stored: Dataset, folder: Path) -> dict[str, float]:
-    known = sorted(stored.unique("teacher"))
+    known = sorted(name for name in stored.unique("teacher") if isinstance(name, str) and name)
     weights = config.weights or dict.fromkeys(known, 1.0)
     for name in weights:
         if name not in known:
@@ -300,7 +319,9 @@ def _all_short(stored: Dataset, processor: SiQVLProcessor | None, max_length: in
     if processor is None or max_length is None or processor.max_tiles > 1:
         return False
     table = stored.data.table
-    if pc.max(pc.list_value_length(table["choices"])).as_py():
+    if not pa.types.is_list(table["choices"].type) or pc.max(pc.list_value_length(table["choices"])).as_py():
+        return False
+    if not all(pa.types.is_string(table[name].type) for name in ("question", "rationale", "answer")):
         return False
     texts = sum(pc.max(pc.binary_length(table[name])).as_py() or 0 for name in ("question", "rationale", "answer"))
     pictures = pc.max(pc.list_value_length(table["images"])).as_py() or 0
@@ -319,29 +340,53 @@ def _usable(
     drops, wants_lengths = reader.drops, bool(config.max_rationale_tokens) or config.curriculum == "length"
     start = 0
     for batch in stored.remove_columns("images").iter(_SCANNED):
-        rows = batch.to_pylist()
-        lengths = [0] * len(rows)
-        if processor is not None and wants_lengths:
-            lengths = list(map(len, processor.tokenizer([row["rationale"] for row in rows])["input_ids"]))
-        for index, (row, length) in enumerate(zip(rows, lengths, strict=True), start):
-            teacher = teachers.get(row["teacher"])
-            if teacher is None:
-                continue
-            drops.read[teacher.name] += 1
+        sound: list[tuple[int, dict]] = []
+        rows = plain_rows(batch)
+        for index, row in enumerate(rows, start):
+            name = row["teacher"] if isinstance(row["teacher"], str) and row["teacher"] else NO_TEACHER
+            if name in teachers or name == NO_TEACHER:
+                drops.read[name] += 1
+                try:
+                    sound.append((index, _validated(row)))
+                except Dropped as dropped:
+                    drops.add(name, index, dropped)
+        start += len(rows)
+        lengths = [0] * len(sound)
+        if processor is not None and wants_lengths and sound:
+            lengths = list(map(len, processor.tokenizer([row["rationale"] for _, row in sound])["input_ids"]))
+        for (index, row), length in zip(sound, lengths, strict=True):
+            teacher = teachers[row["teacher"]]
             try:
                 _check(row, length, config)
                 # Whether its pictures can be read is seen when they are: they are not looked at here.
-                reader.conversation(teacher, {**row, "images": [b""] * images[index], "direct": False})
+                pictures = [b""] * (images[index] or 0)
+                reader.conversation(teacher, {**row, "images": pictures, "direct": False})
             except Dropped as dropped:
                 drops.add(teacher.name, index, dropped)
             else:
                 yield _Trace(index, row["sample_id"], row["teacher"], length)
-        start += len(rows)
+
+
+def _validated(row: Mapping) -> dict:
+    """Return a stored trace with every column in the type that it must have.
+
+    Raises:
+        Dropped: one has another.
+    """
+    texts = {name: as_text(column(row, name), name) for name in _TEXTS}
+    lists = {name: texts_of(as_items(column(row, name)), name) for name in ("golds", "choices", "rejected_by")}
+    for name in ("sample_id", "teacher", "question"):
+        if not texts[name].strip():
+            raise bad_row(f"its {name} is empty")
+    for name in ("sample_id", "rationale"):  # the others are seen where the conversation is made
+        check_text(texts[name])
+    return {**row, **texts, **lists}
 
 
 def _check(row: Mapping, length: int, config: TraceArguments) -> None:
     if config.verified and row["verdict"] != "kept":
-        raise Dropped(f"rejected: {row['rejected_by'][0]}")
+        rule = row["rejected_by"][0] if row["rejected_by"] else ""
+        raise Dropped(f"rejected: {rule if _RULE.fullmatch(rule) else 'no rule is named'}")
     if not row["rationale"].strip() or not row["answer"].strip():
         raise Dropped("no rationale or no answer")
     if config.max_rationale_tokens and length > config.max_rationale_tokens:
@@ -456,7 +501,9 @@ class _Rows:
                 continue
             teacher = self._teachers[trace.teacher]
             try:
-                conversation = teacher.conversation({**self._stored[trace.index].to_pylist()[0], "direct": direct})
+                (stored,) = plain_rows(self._stored[trace.index])
+                conversation = teacher.conversation({**_validated(stored), "direct": direct})
+                check(conversation)
                 if self._reader.blind:
                     conversation = conversation.without_images()
                 row = self._reader.training_row(teacher, conversation, pictures)
@@ -465,4 +512,5 @@ class _Rows:
                 self._reader.drops.add(trace.teacher, trace.index, dropped)
                 continue
             return {**row, "source": DIRECT} if direct else row
-        raise ValueError(f"no trace can be read: {self._reader.drops.reasons}")
+        drops = self._reader.drops
+        raise ValueError(f"no trace can be read: {', '.join(map(drops.summary, drops.reasons))}")

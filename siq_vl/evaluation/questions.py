@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from siq_vl.data.conversations import Dropped, text_of
+from siq_vl.data.fields import as_items
 from siq_vl.data.images import decode_image
 from siq_vl.data.reading import DropLog, Reader
 from siq_vl.data.sources import Source
@@ -145,7 +146,7 @@ def _items(source: Source, number: int, row: Mapping | None, metric: str | None)
                 messages=asked,
                 images=conversation.images[:pictures],
                 metric=metric or METRIC_OF_FORMAT.get(source.adapter.__name__, "number"),
-                choices=tuple(map(str, labels.get("choices") or ())),
+                choices=tuple(map(str, as_items(labels.get("choices")))),
                 reasoning=said.rationale if said.well_formed else "",
                 source=source,
                 template_options=conversation.template_options,
