@@ -109,12 +109,10 @@ HOW = {
     "make test-majors": Target("tests/test_majors.py"),
     "make check": Target("mypy"),
     "make coverage": Target("--cov"),
+    "make doctor": Target("-m siq_vl.doctor"),
     ".venv/bin/pre-commit install": Packages("requirements-dev.txt", ("pre-commit",)),
-    ".venv/bin/python -m pytest tests/test_modeling.py": Run(
-        "--collect-only", swap={".venv/bin/python": "python"}, says="tests/test_modeling.py"
-    ),
-    '.venv/bin/python -m pytest -k "resume and not slow"': Run(
-        "--collect-only tests/test_resume.py", swap={".venv/bin/python": "python"}, says="tests/test_resume.py"
+    ".venv/bin/python -m pytest tests/test_resume.py -k killed": Run(
+        "--collect-only", swap={".venv/bin/python": "python"}, says="tests/test_resume.py::"
     ),
     ".venv/bin/python -m siq_vl.doctor --recipe tiny --stage 2": Run(
         swap={".venv/bin/python": "python"}, says="GiB predicted"
@@ -463,6 +461,16 @@ def test_the_recipe_shown_parses():
     for block in shown:
         sources = DataArguments(**yaml.safe_load(block)).sources
         assert [source.path for source in sources] == ["HuggingFaceM4/FineVision", "data/llava_instruct_150k.json"]
+
+
+def test_the_formats_shown_are_those_that_are_told():
+    from siq_vl.data.adapters import FORMATS, recognise
+
+    rows = re.findall(r"^\| `(\w+)` \| (`.*) \|$", DOCUMENTS["docs/data.md"], re.MULTILINE)
+    assert {name for name, _ in rows} == FORMATS.keys()
+    for name, told in rows:
+        for columns in told.split("; or "):
+            assert recognise(re.findall(r"`(\w+)`", columns)) == name
 
 
 def test_the_card_says_what_the_table_says():
