@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tqdm.auto import tqdm
 
@@ -16,7 +16,7 @@ from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import Picture, TraceQuestion
 from siq_vl.distill.selection import verdict_columns
 from siq_vl.distill.teachers.base import Asked, Said, Teacher
-from siq_vl.distill.traces import TraceStore, trace_id
+from siq_vl.distill.traces import TraceStore, storable, trace_id
 from siq_vl.distill.verification import Trace, Verification, read
 
 logger = logging.getLogger(__name__)
@@ -188,6 +188,9 @@ class Run:
 
     def _keep(self, job: Job, pictures: list[Picture], said: Said) -> None:
         question = job.question
+        said = replace(
+            said, text=storable(said.text), finish_reason=storable(said.finish_reason), error=storable(said.error)
+        )
         parsed, tokens = read(said.text)
         trace = Trace(
             question.question,
@@ -220,15 +223,15 @@ class Run:
                 "hinted": self._prompts.hint,
                 "sampling": self._sampling,
                 "repeat": job.repeat,
-                "output": _clean(said.text),
+                "output": said.text,
                 "finish_reason": said.finish_reason,
-                "error": _clean(said.error),
+                "error": said.error,
                 "prompt_tokens": said.prompt_tokens,
                 "completion_tokens": said.completion_tokens,
                 "seconds": said.seconds,
                 "attempts": said.attempts,
                 "injected": said.injected,
-                **{name: _clean(value) if isinstance(value, str) else value for name, value in judged.items()},
+                **judged,
             }
         )
         self.progress.made += 1
@@ -237,11 +240,6 @@ class Run:
         self._bar.update()
         if self.progress.made % 64 == 0:
             self._bar.set_postfix(rejected=sum(self.progress.rejected.values()), failed=self.progress.failed)
-
-
-def _clean(text: str) -> str:
-    """Return text that every file format takes: lone surrogates, which models' bytes can decode to, replaced."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 @contextmanager
