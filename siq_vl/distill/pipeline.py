@@ -22,6 +22,9 @@ from siq_vl.distill.verification import Trace, Verification, read
 logger = logging.getLogger(__name__)
 
 
+_FAILURES = 1000
+
+
 @dataclass(frozen=True)
 class Job:
     """One trace that is missing."""
@@ -39,6 +42,7 @@ class Progress:
     skipped: int = 0
     rejected: Counter = field(default_factory=Counter)
     failed: int = 0
+    failures: Counter = field(default_factory=Counter)  # by how their errors begin; `_FAILURES` kinds at most
     ended: str = "done"  # or "budget" or "interrupted"
 
 
@@ -143,7 +147,7 @@ class Run:
     async def _work(self, jobs: Iterator[Job]) -> None:
         try:
             while not self._stop and (batch := self._take(jobs)):
-                asked = [one for one in (self._prepare(job) for job in batch) if one is not None]
+                asked = [one for job in batch if (one := await self._prepare(job)) is not None]
                 if asked and not await self._ask([job for job, _ in asked], [request for _, request in asked]):
                     return
                 await asyncio.sleep(0)
@@ -159,14 +163,19 @@ class Run:
                 break
         return batch
 
-    def _prepare(self, job: Job) -> tuple[Job, Asked] | None:
-        """Open the pictures and write the prompt; a picture that cannot be opened ends the job without a teacher."""
+    async def _prepare(self, job: Job) -> tuple[Job, Asked] | None:
+        """Open the pictures and write the prompt; where that cannot be done, the job ends without a teacher."""
+        question, part = job.question, "picture"
         try:
-            pictures = job.question.pictures()
+            # A picture from elsewhere must not keep the requests under way from their answers.
+            pictures = await asyncio.to_thread(question.pictures) if question.remote else question.pictures()
+            part = "prompt"
+            prompt = self._prompts.render(question)
         except ValueError as error:
-            self._keep(job, [], Said("", "", attempts=0, error=f"picture: {error}"))
+            where = f" of {question.origin}" if question.origin else ""
+            self._keep(job, [], Said("", "", attempts=0, error=f"{part}{where}: {error}"))
             return None
-        return job, Asked(job.question, pictures, self._prompts.render(job.question), job.repeat)
+        return job, Asked(question, pictures, prompt, job.repeat)
 
     async def _ask(self, jobs: list[Job], asked: list[Asked]) -> bool:
         """Ask one batch and keep the answers; return False once the budget has no room for another request."""
@@ -235,7 +244,10 @@ class Run:
             }
         )
         self.progress.made += 1
-        self.progress.failed += bool(said.error)
+        if said.error:
+            self.progress.failed += 1
+            if len(self.progress.failures) < _FAILURES:
+                self.progress.failures[said.error[:80]] += 1
         self.progress.rejected.update(judged["rejected_by"])
         self._bar.update()
         if self.progress.made % 64 == 0:
