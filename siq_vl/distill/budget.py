@@ -74,21 +74,20 @@ class Budget:
     async def settle(self, said: Said | None) -> None:
         """Spend what a reply cost; None gives a reservation back unused."""
         if said is not None:
-            self.count(said.prompt_tokens, said.completion_tokens, silent=bool(said.text))
+            self.count(said.prompt_tokens, said.completion_tokens, text=bool(said.text))
         if self.tokens or self.money:
             async with self._free:
                 self._reserved -= 1
                 self._free.notify_all()
 
-    def count(self, read: int, written: int, *, silent: bool = False) -> None:
-        """Spend the tokens of one reply; a `silent` one is a reply though it names none."""
-        told = bool(read or written)
-        self.carry_over(read, written, int(told), int(silent and not told))
+    def count(self, read: int, written: int, *, text: bool = False) -> None:
+        """Spend the tokens of one reply; where it has `text`, it must have read and written some."""
+        self.carry_over(read, written, int(read > 0), int(text and not read), int(text and not written))
 
-    def carry_over(self, read: int, written: int, replies: int, silent: int = 0) -> None:
-        """Take over what earlier runs with the same store have spent: tokens, in how many replies, and silent ones."""
+    def carry_over(self, read: int, written: int, replies: int, unread: int = 0, unwritten: int = 0) -> None:
+        """Take over what earlier runs with the same store have spent, as `TraceStore.spent` gives it."""
         self._replies, self._read = self._replies + replies, self._read + read
-        supposed_read, supposed_written = self._at_most(silent)
+        (supposed_read, _), (_, supposed_written) = self._at_most(unread), self._at_most(unwritten)
         self.spent_in, self.spent_out = (
             self.spent_in + read + supposed_read,
             self.spent_out + written + supposed_written,

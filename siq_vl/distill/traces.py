@@ -159,23 +159,22 @@ class TraceStore:
         """Return the ids of the traces in the sealed shards, as numbers: a hundred thousand take some megabytes."""
         return {number for path in self.shards() for number in _numbers(path)}
 
-    def spent(self, teacher: str) -> tuple[int, int, int, int]:
+    def spent(self, teacher: str) -> tuple[int, int, int, int, int]:
         """Return what a teacher has taken for the sealed traces.
 
         Returns:
-            The tokens read and written, in how many replies, and how many replies did not say.
+            The tokens read and written; how many replies say what they read, how many do not, and how many do not say
+            what they wrote.
         """
-        read = written = replies = silent = 0
+        read = written = replies = unread = unwritten = 0
         for table in self.columns("teacher", "prompt_tokens", "completion_tokens", "error"):
             for row in table.to_pylist():
-                if row["teacher"] != teacher:
-                    continue
-                if row["prompt_tokens"] + row["completion_tokens"]:
+                if row["teacher"] == teacher:
                     read, written = read + row["prompt_tokens"], written + row["completion_tokens"]
-                    replies += 1
-                elif not row["error"]:
-                    silent += 1
-        return read, written, replies, silent
+                    replies += row["prompt_tokens"] > 0
+                    unread += not row["error"] and not row["prompt_tokens"]
+                    unwritten += not row["error"] and not row["completion_tokens"]
+        return read, written, replies, unread, unwritten
 
     def shards(self) -> list[Path]:
         """Return the sealed shards, in the order of their numbers."""
@@ -370,8 +369,13 @@ def _fits(name: str, value: object) -> bool:
         return isinstance(value, str) and re.fullmatch("[0-9a-f]{1,16}", value) is not None
     if name == "images":
         return isinstance(value, list) and all(isinstance(data, bytes) for data in value)
+    kind = _SCHEMA.field(name).type
+    if pa.types.is_list(kind) and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        return False
+    if pa.types.is_string(kind) and not isinstance(value, str):
+        return False
     try:
-        return pa.array([value], _SCHEMA.field(name).type).null_count == 0
+        return pa.array([value], kind).null_count == 0
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
         return False
 
@@ -396,8 +400,10 @@ def _read_line(line: bytes) -> tuple[dict, bool]:
         ValueError: there is no whole trace in the line.
     """
     row = json.loads(line)
-    if not isinstance(row, dict) or not set(FEATURES) <= row.keys() or not isinstance(row["images"], list):
+    if not isinstance(row, dict) or not set(FEATURES) <= row.keys():
         raise ValueError("it does not have the columns of a trace")
+    if not isinstance(row["images"], list) or not all(isinstance(data, str) for data in row["images"]):
+        raise ValueError("its pictures are none")
     if not _fits("trace_id", row["trace_id"]) or not all(isinstance(row[name], str) for name in _ESSENTIAL):
         raise ValueError("it does not say whose trace of what it is")
     unfit = [name for name in FEATURES if name != "images" and not _fits(name, row[name])]

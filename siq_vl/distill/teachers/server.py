@@ -322,7 +322,8 @@ class ServerTeacher(Teacher):
         with suppress(aiohttp.ClientError, TimeoutError):  # the status is known, whatever becomes of the body
             async with asyncio.timeout(_ERROR_SECONDS):
                 text = await reply.content.read(400)
-        return _Refused(f"status {reply.status}: {' '.join(text.decode(errors='replace').split())}")
+        told = " ".join(text.decode(errors="replace").split())
+        return _Refused(f"status {reply.status}: {told}" if told else f"status {reply.status}")
 
     def _redacted(self, text: str) -> str:
         key = os.environ.get(self._settings.key_variable)
