@@ -133,12 +133,18 @@ def test_false_statements_are_found(text):
         "\\boxed{",
         "I can ",
         "-",
+        "*",
+        "* ",
+        "\"'",
+        " ",
     ],
 )
 def test_pathological_texts_are_read_to_their_end(text):
     # With a regular expression that backtracks, any of these takes minutes.
     text *= 20000
     assert parse_trace(text).well_formed is False
+    assert parse_trace(f"<think>a</think><answer>x{text}y</answer>").answer.endswith("y")
+    assert parse_trace(f"x{text}the answer is x{text}y. So{text}").rationale.startswith("x")
     false_statements(text)
     Verification().judge(trace_of(text, finish_reason="length"))
 
