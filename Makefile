@@ -16,7 +16,7 @@ demo: $(VENV)/.ready
 RECIPE ?= tiny
 STAGE ?= 1
 doctor: $(VENV)/.ready
-	$(VENV)/bin/python -m siq_vl.doctor --recipe $(RECIPE) --stage $(STAGE)
+	$(VENV)/bin/python -m siq_vl.planning.doctor --recipe $(RECIPE) --stage $(STAGE)
 
 # A page to talk to the checkpoint that the repo is: `make app`, then the address that it prints.
 app: $(VENV)/.app
@@ -51,7 +51,7 @@ TYPES := $(VENV)/types
 SCRIPTS := $(filter-out %_siq_vl.py,$(wildcard *.py))
 types: $(VENV)/.ready-dev
 	rm -rf $(TYPES) && mkdir -p $(TYPES)/siq_vl
-	ln -s $(wildcard $(CURDIR)/siq_vl/*) $(wildcard $(CURDIR)/*_siq_vl.py) $(TYPES)/siq_vl/
+	ln -s $(wildcard $(CURDIR)/siq_vl/*) $(CURDIR)/pretraining $(wildcard $(CURDIR)/*_siq_vl.py) $(TYPES)/siq_vl/
 	ln -s $(addprefix $(CURDIR)/,$(SCRIPTS)) $(TYPES)/
 	cd $(TYPES) && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir ../.mypy_cache \
 		--python-executable $(abspath $(VENV))/bin/python -p siq_vl $(SCRIPTS:%.py=-m %)

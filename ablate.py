@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from siq_vl import cli
-from siq_vl.ablations import Plan, jobs_of, read_plan, seed_names
-from siq_vl.evaluation import ablations
+from siq_vl.ablation import results as ablations
+from siq_vl.ablation.arms import Plan, jobs_of, read_plan, seed_names
+from siq_vl.ablation.jobs import Jobs
 from siq_vl.evaluation import predictions as kept
-from siq_vl.evaluation.emergence import EMERGENCE_FIGURE, EMERGENCE_FILE, read_emergence
-from siq_vl.jobs import Jobs
+from siq_vl.evaluation.emergence_figure import EMERGENCE_FIGURE, EMERGENCE_FILE, read_emergence
 from siq_vl.plots import emergence_plot
 from siq_vl.results import write_results
 

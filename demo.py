@@ -20,7 +20,7 @@ from pathlib import Path
 
 from siq_vl import cli
 from siq_vl.evaluation import predictions as kept
-from siq_vl.evaluation.figures import Item, held_out_items, majority_answers
+from siq_vl.evaluation.held_out import Item, held_out_items, majority_answers
 from siq_vl.evaluation.report import write_report
 from siq_vl.evaluation.tables import accuracy_table, caption_table, difference_line
 from siq_vl.results import checksum_of_weights, write_results

@@ -15,13 +15,13 @@ import sys
 from siq_vl import cli
 from siq_vl.distill import options as settings
 from siq_vl.distill.card import push_to_hub, write_card
-from siq_vl.distill.page import write_page
 from siq_vl.distill.pipeline import Progress, Run
 from siq_vl.distill.questions import LeftOut
 from siq_vl.distill.selection import announce, settle
-from siq_vl.distill.summary import summarize, tables
+from siq_vl.distill.store_page import write_page
 from siq_vl.distill.teachers.base import TeacherLost
 from siq_vl.distill.traces import TraceStore
+from siq_vl.distill.yields import summarize, tables
 
 INTERRUPTED = 130
 

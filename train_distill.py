@@ -12,11 +12,11 @@ names. `--config` picks one of several configurations, `recipes/<recipe>/stage3-
 """
 
 from siq_vl import cli
+from siq_vl.planning.plan import plan
 from siq_vl.training.emergence import watched_rows
-from siq_vl.training.loading import load_for_stage
-from siq_vl.training.plan import plan
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import held_out_traces, make_trainer, traces_for_stage, train_and_save
+from siq_vl.training.starting_model import load_for_stage
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ the same command is given again. `--dry_run` prints the plan and stops.
 """
 
 from siq_vl import cli
-from siq_vl.training.loading import load_for_stage
-from siq_vl.training.plan import plan
+from siq_vl.planning.plan import plan
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import hold_out, make_trainer, mixture_for_stage, train_and_save
+from siq_vl.training.starting_model import load_for_stage
 
 TASKS = {"1": "caption", "2": "answer"}
 

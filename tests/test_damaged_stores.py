@@ -13,9 +13,9 @@ from test_hostile_servers import GOOD, RULES, ask, nested, rows_of, teacher_at
 from test_traces import blank
 
 from siq_vl.distill.selection import Selection, settle
-from siq_vl.distill.summary import summarize
 from siq_vl.distill.teachers.base import Said, Teacher
 from siq_vl.distill.traces import TraceStore, read_traces
+from siq_vl.distill.yields import summarize
 
 
 @pytest.fixture(scope="module")

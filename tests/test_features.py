@@ -22,19 +22,20 @@ from PIL import Image
 from processes import CONTEXT
 from torch.utils.data import DataLoader
 
-from siq_vl.data import features_build, features_store
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.conversations import message
-from siq_vl.data.features import Picture, Pictures, with_pictures
-from siq_vl.data.features_build import FeatureArguments, cached_rows, store_of, what_features_depend_on
-from siq_vl.data.features_store import ENTRY, FeatureStore, FeatureWriter, Layout
+from siq_vl.data.feature_cache import build as features_build
+from siq_vl.data.feature_cache import store as features_store
+from siq_vl.data.feature_cache.build import FeatureArguments, cached_rows, store_of, what_features_depend_on
+from siq_vl.data.feature_cache.pictures import Picture, Pictures, with_pictures
+from siq_vl.data.feature_cache.store import ENTRY, FeatureStore, FeatureWriter, Layout
 from siq_vl.data.images import decode_image
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
+from siq_vl.planning.plan import plan
 from siq_vl.processing_siq_vl import SiQVLProcessor
-from siq_vl.training.loading import load_for_stage
-from siq_vl.training.plan import plan
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import make_trainer, mixture_for_stage
+from siq_vl.training.starting_model import load_for_stage
 
 LAYOUT = Layout(2, 3, 8, "float32")
 
@@ -90,7 +91,7 @@ def test_several_writers_and_processes_share_a_store(tmp_path):
 
 
 def test_a_full_shard_is_followed_by_another(tmp_path, monkeypatch):
-    monkeypatch.setattr("siq_vl.data.features_store.SHARD_BYTES", 3 * LAYOUT.tile_bytes)
+    monkeypatch.setattr("siq_vl.data.feature_cache.store.SHARD_BYTES", 3 * LAYOUT.tile_bytes)
     store = FeatureStore(tmp_path, LAYOUT)
     write(tmp_path, range(3))
     store.refresh()
@@ -253,7 +254,7 @@ def test_pictures_are_decoded_once_in_all(photos, tmp_path, monkeypatch):
         decoded.append(arguments)
         return decode_image(*arguments)
 
-    monkeypatch.setattr("siq_vl.data.reading.decode_image", counting)
+    monkeypatch.setattr("siq_vl.data.preprocessing.decode_image", counting)
     _, _, trainer = run(photos, tmp_path, "--feature_cache", "on")
     # TRL looks at the first row, and the first pass names all pictures: neither decodes any.
     assert len(decoded) == 8
@@ -497,7 +498,7 @@ def test_what_cannot_be_stored_is_refused(photos, tmp_path, overrides, message):
 
 def test_a_full_disk_is_refused_before_anything_is_computed(photos, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(2**40, 2**40 - 5, 5)
-    monkeypatch.setattr("siq_vl.data.features_build.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("siq_vl.data.feature_cache.build.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(ValueError, match="has 5e-09 GB free"):
         prepared(recipe_for(photos, tmp_path, "--feature_cache", "on"))
 

@@ -18,10 +18,10 @@ from siq_vl.distill import questions as questions_module
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import ImagePolicy, LeftOut, Picture, TraceQuestion, file_questions
-from siq_vl.distill.summary import rows
 from siq_vl.distill.teachers.base import Said, Teacher
 from siq_vl.distill.traces import TraceStore
 from siq_vl.distill.verification import Verification
+from siq_vl.distill.yields import rows
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"question": "What?", "answer": "red"}

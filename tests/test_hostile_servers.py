@@ -17,12 +17,12 @@ from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import TraceQuestion
 from siq_vl.distill.selection import Selection, announce, settle
-from siq_vl.distill.summary import rows
 from siq_vl.distill.teachers import server as teachers_server
 from siq_vl.distill.teachers.base import Teacher, TeacherLost
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher, _seconds
 from siq_vl.distill.traces import FEATURES, TraceStore
 from siq_vl.distill.verification import Verification
+from siq_vl.distill.yields import rows
 
 RULES = Verification(language="")
 GOOD = "<think>The picture asks for 1 + 1. 1 + 1 = 2.</think><answer>2</answer>"

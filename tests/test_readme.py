@@ -104,7 +104,7 @@ HOW = {
     "make test": Target("python -m pytest"),
     "make test-v5": Target("python -m pytest"),
     "make test-majors": Target("tests/test_majors.py"),
-    "make doctor": Target("-m siq_vl.doctor"),
+    "make doctor": Target("-m siq_vl.planning.doctor"),
     "make check": Target("mypy"),
     "python benchmarks/anyres.py --count 300": Run("--count 1", says="all tiles and the thumbnail"),
     "accelerate launch train_sft.py --stage 1": Run(TINY, launched=True),
@@ -143,10 +143,10 @@ HOW = {
         f"python benchmarks/{name}.py": Elsewhere("tests/test_benchmarks.py")
         for name in ("training", "idefics3", "generation", "loader", "memory", "scaling", "fits", "questions")
     },
-    "python -m siq_vl.doctor --recipe siq-vl-0.5b --stage 2 --random_weights true --sources figures": Run(
+    "python -m siq_vl.planning.doctor --recipe siq-vl-0.5b --stage 2 --random_weights true --sources figures": Run(
         says="GiB predicted"
     ),
-    "python -m siq_vl.sizes --language_model Qwen/Qwen2.5-1.5B-Instruct --lora_r 16": Run(says="Qwen2.5-1.5B"),
+    "python -m siq_vl.planning.sizes --language_model Qwen/Qwen2.5-1.5B-Instruct --lora_r 16": Run(says="Qwen2.5-1.5B"),
     "python generate_traces.py --teacher figures --count 300": Run("--count 12", says="new traces"),
     "python generate_traces.py --teacher transformers --model Qwen/Qwen3-VL-2B-Thinking --questions mine.jsonl": Run(
         swap={"Qwen/Qwen3-VL-2B-Thinking": "."}, add="--trust_remote_code --max_new_tokens 64 --output outputs/local"
@@ -264,7 +264,9 @@ class Copy:
             process.kill()
         printed = log.read_text(errors="replace")
         # 1 from the doctor says that something would break on this machine, and is an answer.
-        assert process.exitcode == 0 or (process.exitcode == 1 and "siq_vl.doctor" in arguments), printed[-3000:]
+        assert process.exitcode == 0 or (process.exitcode == 1 and "siq_vl.planning.doctor" in arguments), printed[
+            -3000:
+        ]
         return printed
 
 

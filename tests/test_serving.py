@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from siq_vl.configuration_siq_vl import AUTO_MAP, TRANSFORMERS_4
-from siq_vl.evaluation.figures import held_out_items
+from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.loading import load_checkpoint
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration, SiQVLModel
 

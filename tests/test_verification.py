@@ -10,12 +10,12 @@ from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import TEMPLATES, Prompts, families
 from siq_vl.distill.questions import TASKS, TraceQuestion, figure_questions
 from siq_vl.distill.selection import Selection, announce, settle
-from siq_vl.distill.summary import precision_and_recall, summarize
 from siq_vl.distill.teachers.base import TeacherLost
 from siq_vl.distill.teachers.oracle import _FAULTS, FiguresTeacher
 from siq_vl.distill.traces import TraceStore, read_traces
 from siq_vl.distill.verification import RULES, Trace, Verification, false_statements, loops, pieces, read
-from siq_vl.evaluation.answers import agrees, final_answer, number_in, parse_trace
+from siq_vl.distill.yields import precision_and_recall, summarize
+from siq_vl.parsing.answers import agrees, final_answer, number_in, parse_trace
 
 
 @pytest.mark.parametrize(

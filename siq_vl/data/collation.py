@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from siq_vl.data.features import encode
+from siq_vl.data.feature_cache.pictures import encode
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 IGNORED = -100

@@ -13,7 +13,7 @@ from siq_vl.distill.selection import KEEP, SCOPES, Selection
 from siq_vl.distill.teachers.base import Teacher
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.verification import RULES, Verification
-from siq_vl.evaluation.answers import MATCHES
+from siq_vl.parsing.answers import MATCHES
 
 TEACHERS = ("figures", "transformers", "openai")
 DEFAULT_MAX_NEW_TOKENS = 1024

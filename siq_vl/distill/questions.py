@@ -20,7 +20,7 @@ from PIL import Image
 
 from siq_vl.data.figures.dataset import Sample, sample
 from siq_vl.data.remote import MAX_BYTES, download_image
-from siq_vl.evaluation.answers import KINDS
+from siq_vl.parsing.answers import KINDS
 
 logger = logging.getLogger(__name__)
 

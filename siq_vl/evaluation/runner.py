@@ -24,8 +24,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedC
 from siq_vl.data.conversations import Dropped
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.generation import batches_by_length, complete, rendered
+from siq_vl.evaluation.items import Item
 from siq_vl.evaluation.predictions import Prediction
-from siq_vl.evaluation.questions import Item
 from siq_vl.loading import load_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ import torch
 import yaml
 from trl import SFTConfig, TrlParser
 
-from siq_vl.data.features_build import FeatureArguments
+from siq_vl.data.feature_cache.build import FeatureArguments
 from siq_vl.data.mixtures import MixtureConfig
 from siq_vl.data.sources import FIGURES
-from siq_vl.distill.rows import TraceArguments
+from siq_vl.distill.training_rows import TraceArguments
 
 logger = logging.getLogger(__name__)
 

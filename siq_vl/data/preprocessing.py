@@ -15,7 +15,7 @@ from PIL import Image
 
 from siq_vl.data.collation import supervised_segments
 from siq_vl.data.conversations import Conversation, Dropped, check
-from siq_vl.data.features import Pictures
+from siq_vl.data.feature_cache.pictures import Pictures
 from siq_vl.data.fields import Unreadable, kind
 from siq_vl.data.filters import Duplicates, filtered
 from siq_vl.data.images import decode_image, find_under, read_encoded
