@@ -22,6 +22,7 @@ from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.figures import Item, held_out_items, majority_answers
 from siq_vl.evaluation.report import write_report
 from siq_vl.evaluation.tables import accuracy_table, caption_table, difference_line
+from siq_vl.locks import Lock
 
 OUT = Path("outputs/tiny")
 EVALUATION = OUT / "evaluation"
@@ -158,11 +159,12 @@ def main() -> None:
     )
     options = parser.parse_args()
     started = time.monotonic()
-    train_all()
-    evaluate_all(options.count)
-    items = held_out_items(options.count)
-    tell(items)
-    ask_one(items)
+    with Lock(OUT):
+        train_all()
+        evaluate_all(options.count)
+        items = held_out_items(options.count)
+        tell(items)
+        ask_one(items)
     print(f"\n{time.monotonic() - started:.0f} s in all")
 
 

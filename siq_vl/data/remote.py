@@ -62,7 +62,7 @@ def checked_address(url: str) -> str:
     Nothing is resolved or sent here.
 
     Raises:
-        ValueError: another scheme, user and password, a port of another service, control characters, no host, too long.
+        ValueError: another scheme, user and password, control characters, no host, too long.
     """
     shown = repr(url if len(url) <= 120 else f"{url[:117]}...")
     if len(url) > MAX_ADDRESS:
@@ -84,8 +84,6 @@ def checked_address(url: str) -> str:
         raise ValueError(f"{shown} holds a user or a password: leave them out, or save the picture")
     if any(character.isspace() for character in host):
         raise ValueError(f"{shown} holds a space in its host: correct the address")
-    if port is not None and port not in (80, 443) and port < 1024:
-        raise ValueError(f"{shown} names port {port}: pictures are read from ports 80, 443 and from 1024 on")
     named = f"[{host}]" if ":" in host else host
     return urlunsplit((parts.scheme, named if port is None else f"{named}:{port}", path or "/", query, ""))
 
@@ -96,7 +94,7 @@ def download_image(url: str) -> bytes:
     Proxies of the environment are not used: a proxy would resolve the name by itself.
 
     Raises:
-        ValueError: an address that `checked_address` or `is_public` refuses, here or after a redirect; no answer in time;
+        ValueError: an address that `checked_address` or `is_public` refuses, here or after a redirect; a port of other services; no answer in time;
             a broken, compressed or over-long one.
     """
     address = checked_address(url)
@@ -109,7 +107,7 @@ def download_image(url: str) -> bytes:
                 data += piece
             missing = getattr(reply, "length", None)  # what the header promised and nobody sent
     except (OSError, HTTPException, UnicodeError) as error:
-        reason = _too_slow() if deadline.passed else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = _too_slow() if deadline.over() else " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{url} cannot be downloaded ({reason}): check the address, or save the picture") from error
     finally:
         deadline.cancel()
@@ -138,11 +136,12 @@ class _Deadline:
         self._timer.start()
 
     def left(self) -> float:
-        seconds = self._end - time.monotonic()
-        if self.passed or seconds <= 0:
-            self.passed = True
+        if self.over():
             raise TimeoutError(_too_slow())
-        return seconds
+        return max(0.01, self._end - time.monotonic())
+
+    def over(self) -> bool:
+        return self.passed or time.monotonic() >= self._end
 
     def watch(self, connection: socket.socket) -> None:
         with self._lock:
@@ -170,13 +169,18 @@ def _connect(host: str, port: int, deadline: _Deadline) -> socket.socket:
     for *_, address in found:
         if not is_public(str(address[0])):
             raise ValueError(f"{host} points into a private network: give its picture as a file below the image root")
+    if port not in (80, 443) and port < 1024:
+        raise ValueError(
+            f"{host}:{port} is a port of other services: pictures are read from ports 80, 443 and from 1024 on"
+        )
     failure = OSError(f"{host} has no address")
     for family, kind, protocol, _, address in found:
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(deadline.left())
             connection.connect(address)
-            deadline.watch(connection)
+            deadline.watch(connection)  # which ends it from now on
+            connection.settimeout(TIMEOUT_SECONDS + 1)
             return connection
         except OSError as error:
             connection.close()
