@@ -169,7 +169,9 @@ class RequestCheck:
             return path.read_bytes()
         except FileNotFoundError as error:
             raise Refused(f"{name} is not there: give the path of a file below the server's folder") from error
-        except OSError as error:  # out of the folder, or a name that no file system takes
+        except Refused:
+            raise
+        except (OSError, ValueError) as error:  # out of the folder, or a name that no file system takes
             raise Refused(f"{name} cannot be read: give the path of a file below the server's folder") from error
 
     def _length(self, messages: list[dict], sizes: list[tuple[int, int]], body: Mapping[str, Any]) -> int:
