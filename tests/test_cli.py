@@ -202,18 +202,12 @@ class TestDisk:
         [
             SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
             Exception("No space left on device (os error 28)"),
+            RuntimeError("basic_ios::clear: iostream error"),
             RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file data/2"),
         ],
     )
     def test_of_libraries_that_say_so_in_words(self, error):
         assert "disk" in ends_with(raising(error)) and "pass another folder" in ends_with(raising(error))
-
-    def test_torch_and_safetensors_on_a_full_disk(self):
-        torch = pytest.importorskip("torch")
-        from safetensors.torch import save_file
-
-        for write in (torch.save, save_file):
-            assert "disk" in ends_with(lambda write=write: write({"a": torch.zeros(2**16)}, "/dev/full"))
 
     @pytest.mark.parametrize(
         "error",
