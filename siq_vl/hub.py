@@ -21,7 +21,16 @@ CURVE_FILE, EMERGENCE_FIGURE = "learning_curve.svg", "emergence.svg"
 BEFORE_AFTER_FILE = "before_after.md"
 
 # A trainer's own checkpoints and logs, and pictures of held-out data, stay at home.
-NOT_PUSHED = ["checkpoint-*", "checkpoint-*/**", ".incomplete/**", "runs/**", "wandb/**", "trackio/**", "samples.*"]
+NOT_PUSHED = [
+    "checkpoint-*",
+    "checkpoint-*/**",
+    ".incomplete/**",
+    "runs/**",
+    "wandb/**",
+    "trackio/**",
+    "samples.*",
+    ".lock",
+]
 _ATTEMPTS = 5
 _WAIT_SECONDS = 2.0
 # What the library under huggingface_hub raises where no answer comes: requests' errors are OSErrors, httpx's have this

@@ -236,7 +236,10 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
         rest = [*rest, "--use_cpu", "true"]  # bf16 on a machine with no accelerator has to be asked for
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             rest = [*rest, "--ddp_backend", "gloo"]
-    parsed = parser.parse_args_and_config(args=["--config", str(path), *rest])
+    try:
+        parsed = parser.parse_args_and_config(args=["--config", str(path), *rest])
+    except ValueError as error:  # what the libraries find wrong with a field is about the command line too
+        raise ValueError(f"{error}: correct the field in {path.name} or on the command line") from error
     model, adapter, data, run, features, training, *others = parsed
     traces = others[0] if others else None
     if model.dtype == "bfloat16" and not training.bf16:
