@@ -70,24 +70,18 @@ DECODERS = (
     "granite",
     "cohere",
     "cohere2",
-    "lfm2",
     "starcoder2",
-    "stablelm",
     "glm",
     "helium",
-    "nemotron",
 )
-# Of these, the ones that carry a state from token to token, over the bounds of samples packed into a row.
-UNPACKABLE = ("lfm2",)
-
 _MIXTURE = "its experts' weights have other names on transformers 4 than on 5"
 _STATE = "it keeps a state from token to token, with a cache of its own"
-_POSITIONS = "its attention takes no position_ids, which packed rows need"
+_POSITIONS = "it does not keep samples packed into a row apart by position_ids, on both majors of transformers"
 _NAMES = "its embedding, output layer or linear layers are not of the form that weights and LoRA are found by"
 _WHY_NOT = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "deepseek_v3", "gpt_oss"), _MIXTURE),
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "rwkv"), _STATE),
-    **dict.fromkeys(("opt", "bloom", "falcon", "mpt"), _POSITIONS),
+    **dict.fromkeys(("lfm2", "mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "rwkv"), _STATE),
+    **dict.fromkeys(("opt", "bloom", "falcon", "mpt", "stablelm", "nemotron"), _POSITIONS),
     **dict.fromkeys(("gpt2", "gpt_neox", "gptj", "gpt_bigcode"), _NAMES),
     "phi": "its output layer has a bias, which SiQ-VL's has not",
     "bert": "it reads in both directions and writes no text",

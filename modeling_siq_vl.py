@@ -29,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .configuration_siq_vl import TRANSFORMERS_4, UNPACKABLE, SiQVLConfig, check_decoder, tokens_per_image
+from .configuration_siq_vl import TRANSFORMERS_4, SiQVLConfig, check_decoder, tokens_per_image
 from .generation_siq_vl import ThinkingBudgetLogitsProcessor
 
 logger = logging.get_logger(__name__)
@@ -466,9 +466,8 @@ class SiQVLModel(SiQVLPreTrainedModel):
         """
         if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
             return
-        unpackable = self.config.text_config.model_type in UNPACKABLE
         cached = past_key_values is not None or (self.config.text_config.use_cache if use_cache is None else use_cache)
-        if attention_mask is None and not cached and n_rows == 1 and not unpackable:
+        if attention_mask is None and not cached and n_rows == 1:
             return
         visible = torch.ones_like(position_ids, dtype=torch.bool)
         if attention_mask is not None:
@@ -477,12 +476,6 @@ class SiQVLModel(SiQVLPreTrainedModel):
             visible = attention_mask[:, -position_ids.shape[1] :].bool()
         reached = position_ids.masked_fill(~visible, -1).cummax(dim=1).values  # by the visible tokens up to each
         restarts = visible[:, 1:] & (position_ids[:, 1:] <= reached[:, :-1])
-        if unpackable and _is_false(~restarts.any(), "position_ids restart inside a row: the samples would mix."):
-            raise ValueError(
-                "position_ids restart inside a row, but the short convolutions of a decoder of type "
-                f"{self.config.text_config.model_type!r} run on over samples packed into a row: pad them instead "
-                "(batching: padded)."
-            )
         if _is_false(~restarts.any(), "position_ids restart inside a row: the samples would see each other."):
             raise ValueError(
                 "position_ids restart inside a row, but samples packed into a row would see each other in a batch of "
@@ -561,7 +554,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         model = cls._from_config(config, dtype=decoder.dtype)
         weights = {name.removeprefix("vision_model."): weight for name, weight in tower.state_dict().items()}
         model.model.vision_tower.load_state_dict({k: v for k, v in weights.items() if not k.startswith("head.")})
-        model.model.language_model.load_state_dict(decoder.base_model.state_dict())
+        model.model.language_model.load_state_dict(decoder.model.state_dict())
         model.lm_head.load_state_dict(decoder.get_output_embeddings().state_dict())
         # Only the ids: an instruct model's sampling settings were tuned for its own answers.
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -753,10 +746,6 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             budget.start(input_ids_seq_length, generation_config.max_length, generation_config.eos_token_id)
         others = [found for found in processors if not isinstance(found, ThinkingBudgetLogitsProcessor)]
         return LogitsProcessorList([*others, *budgets])
-
-    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
-        """Whether `generate` makes the cache, on transformers 4; there LFM2 makes its own."""
-        return not (TRANSFORMERS_4 and self.config.text_config.model_type == "lfm2")
 
     def _images_per_sample(
         self, n_tokens: int, input_ids: Optional[torch.LongTensor], inputs_embeds: Optional[torch.Tensor] = None

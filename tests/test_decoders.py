@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from conftest import SPECIAL_TOKENS, TEXT, VISION
+from conftest import VISION, build_tokenizer
 from test_modeling import V4
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from siq_vl.configuration_siq_vl import DECODERS, UNPACKABLE, SiQVLConfig
+from siq_vl.configuration_siq_vl import DECODERS, SiQVLConfig
+from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.packing import SDPA_BY_SAMPLE, attend_by_sample
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
+from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.recipes import AdapterArguments
 from siq_vl.training.stages import freeze_for_stage
 
@@ -42,16 +45,16 @@ FAMILIES = {
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
     "cohere": {"logit_scale": 0.0625},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "starcoder2": {},
-    "stablelm": {},
     "glm": {},
     "helium": {},
-    "nemotron": {},
 }
 REFUSED = {
     "gpt2": "linear layers",
     "opt": "position_ids",
+    "stablelm": "position_ids",
+    "nemotron": "position_ids",
+    "lfm2": "state",
     "phi": "bias",
     "gpt_neox": "linear layers",
     "mamba": "state",
@@ -74,7 +77,7 @@ def native(family: str, **settings):
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        for _, parameter in sorted(model.named_parameters()):
             parameter.normal_(mean=0.0, std=0.3, generator=generator)
     return model.eval()
 
@@ -90,7 +93,7 @@ def joined(decoder) -> SiQVLForConditionalGeneration:
         vision_end_token_id=4,
     )
     model = SiQVLForConditionalGeneration(config)
-    model.model.language_model.load_state_dict(decoder.base_model.state_dict())
+    model.model.language_model.load_state_dict(decoder.model.state_dict())
     model.lm_head.load_state_dict(decoder.lm_head.state_dict())
     return model.eval()
 
@@ -131,7 +134,9 @@ def test_outputs_are_those_of_the_decoders_own_class(pair):
     embeds[:, :4] = picture / WIDTH**0.5 if V4 and family in ("gemma", "gemma2") else picture
     expected = decoder(inputs_embeds=embeds).logits
     assert torch.equal(model(**inputs).logits, expected)
-    assert not torch.allclose(model(**inputs).logits, model(**inputs | {"pixel_values": -inputs["pixel_values"]}).logits)
+    assert not torch.allclose(
+        model(**inputs).logits, model(**inputs | {"pixel_values": -inputs["pixel_values"]}).logits
+    )
 
     generate = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "return_dict_in_generate": True}
     cached = model.generate(**inputs, **generate, output_logits=True)
@@ -166,10 +171,6 @@ def test_packed_rows_are_right_or_refused(pair, attention):
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "use_cache": False,
     }
-    if family in UNPACKABLE:
-        with pytest.raises(ValueError, match="batching: padded"):
-            model(**row)
-        return
     expected = torch.cat([model(**sample).logits for sample in samples], dim=1)
     if attention == SDPA_BY_SAMPLE:
         with attend_by_sample(model.model.language_model.config):
@@ -180,7 +181,7 @@ def test_packed_rows_are_right_or_refused(pair, attention):
 
 
 def test_lora_finds_every_linear(pair):
-    """By structure, where the names are not those of Qwen2: Phi-3's fused ones, LFM2's convolutions."""
+    """By structure, where the names are not those of Qwen2: Phi-3's and GLM's are fused."""
     from peft import get_peft_model
 
     _, _, model = pair
@@ -203,3 +204,27 @@ def test_others_are_refused_with_a_reason(family, reason):
     config = AutoConfig.for_model(family)
     with pytest.raises(ValueError, match=rf"type '{family}', but .*{reason}.*use one of qwen2, .*test_decoders"):
         SiQVLConfig(vision_config=VISION, text_config=config, image_token_id=5)
+
+
+def test_a_tokenizer_without_pad_token_is_refused(processor):
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no pad token.*tokenizer.pad_token = tokenizer.eos_token"):
+        SiQVLProcessor(processor.image_processor, tokenizer)
+
+
+def test_training_rows_begin_as_prompts_do(processor, make_image):
+    """With a post-processor that adds a BOS, as those of Llama 3 and Gemma do."""
+    bos = "<|endoftext|>"
+    post = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, processor.tokenizer.convert_tokens_to_ids(bos))]
+    )
+    processor.tokenizer.backend_tokenizer.post_processor = post
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}]
+    batch = ConversationCollator(processor)([{"images": [make_image()], "prompt": prompt, "completion": answer}])
+    rendered = processor.apply_chat_template(prompt, add_generation_prompt=True)
+    asked = processor(images=[make_image()], text=rendered)["input_ids"][0]
+    assert asked[0] == processor.tokenizer.convert_tokens_to_ids(bos)
+    assert batch["input_ids"][0, : len(asked)].tolist() == asked
+    assert (batch["labels"][0, : len(asked)] == -100).all() and batch["labels"][0, len(asked)] != -100

@@ -59,8 +59,8 @@ def freeze_for_stage(model: SiQVLForConditionalGeneration, stage: str, adapter: 
 def _target_names(model: SiQVLForConditionalGeneration, names: list[str]) -> list[str]:
     """Names of the language model's linear layers that get an adapter.
 
-    The default means all of them: where a decoder has other linear layers than the default's seven, fused ones or those
-    of a convolution, it is their names that are returned.
+    The default means all of them: where a decoder has other linear layers than the default's seven, such as fused
+    ones, it is their names that are returned.
 
     Args:
         model: the model.
