@@ -29,6 +29,16 @@ test: $(VENV)/.ready
 test-v5: $(VENV5)/.ready
 	$(VENV5)/bin/python $(PYTEST)
 
+# The same on the newest transformers 5 there is, which may be newer than requirements-v5.txt has it; all else as pinned.
+VENV_NEWEST ?= .venv-newest
+.PHONY: test-newest
+test-newest:
+	$(PYTHON) -m venv $(VENV_NEWEST)
+	sed 's/^transformers==.*/transformers>=5,<6/' requirements-v5.txt > $(VENV_NEWEST)/requirements.txt
+	$(VENV_NEWEST)/bin/python -m pip install -q --disable-pip-version-check -U -r $(VENV_NEWEST)/requirements.txt
+	$(VENV_NEWEST)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	$(VENV_NEWEST)/bin/python $(PYTEST)
+
 # The page in a headless browser, on both majors; needs Chromium (Debian: apt-get install chromium).
 test-app: $(VENV)/.app $(VENV5)/.app
 	SIQ_VL_NEED_BROWSER=1 $(VENV)/bin/python -m pytest tests/test_app.py tests/test_page.py

@@ -98,6 +98,11 @@ class SiQVLProcessor(ProcessorMixin):
                 f"The tokenizer has no token {', '.join(missing)}, but SiQ-VL needs each of {', '.join(SPECIAL_TOKENS)}: "
                 "add them with `tokenizer.add_special_tokens` and resize the embeddings of the language model."
             )
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                "The tokenizer has no pad token, but rows of a batch are padded: set one that texts do not use, as with "
+                "`tokenizer.pad_token = tokenizer.eos_token`, and save the tokenizer beside the language model."
+            )
         self.patch_size = patch_size
         self.pixel_shuffle_factor = pixel_shuffle_factor
         self.max_tiles = max_tiles
@@ -159,6 +164,18 @@ class SiQVLProcessor(ProcessorMixin):
         return self._tokens_per_tile(*self._tile_size({}))
 
     @property
+    def beginning_ids(self) -> list[int]:
+        """`list[int]`: what the tokenizer itself puts before a text, such as a BOS; training rows begin with it, too."""
+        whole, plain = self.tokenizer("a")["input_ids"], self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        begin = whole[: len(whole) - len(plain)]
+        if whole != begin + plain:
+            raise ValueError(
+                f"The tokenizer makes {whole} of 'a', whose own ids are {plain}: what it adds at the end would close "
+                "every prompt. Set a post-processor that adds nothing after a text."
+            )
+        return begin
+
+    @property
     def model_input_names(self) -> list[str]:
         """`list[str]`: names of the model inputs that the processor makes."""
         return ["input_ids", "attention_mask", "pixel_values"]
@@ -215,6 +232,9 @@ class SiQVLProcessor(ProcessorMixin):
             del data["num_tiles"]
         if texts is not None:
             texts, offsets = _replace_placeholders(texts, replacements)
+            bos = self.tokenizer.bos_token
+            if bos is not None and all(sample.startswith(bos) for sample in texts):
+                text_kwargs.setdefault("add_special_tokens", False)  # the template has written it
             encoded = self.tokenizer(texts, **text_kwargs)
             self._check_image_tokens(encoded["input_ids"], texts, text_kwargs)
             lengths = sorted({len(row) for row in encoded["input_ids"]})

@@ -45,7 +45,7 @@ _CARD = """\
 
 # SiQ-VL, stage {stage}: {title}
 
-A SigLIP vision tower, a pixel-shuffle projector and a Qwen2 language model, after stage {stage} ({title}) of recipe
+A SigLIP vision tower, a pixel-shuffle projector and a {decoder} language model, after stage {stage} ({title}) of recipe
 `{recipe}`.
 {warning}
 ```python
@@ -98,6 +98,7 @@ def model_card(
         stage=settings["stage"],
         title=STAGE_TITLES[settings["stage"]],
         recipe=settings["recipe"],
+        decoder=settings.get("decoder", "decoder-only"),
         warning=_RANDOM_WARNING if settings["model"].get("random_weights") else "",
         load=load,
         rows="\n".join(f"| {name} | {value} |" for name, value in _facts(settings).items()),

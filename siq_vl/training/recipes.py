@@ -65,7 +65,9 @@ class AdapterArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the LoRA branch."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        metadata={"help": "Linear layers of the language model that get an adapter."},
+        metadata={
+            "help": "Linear layers of the language model that get an adapter; by default all, whatever their names."
+        },
     )
     load_in_4bit: bool = field(
         default=False, metadata={"help": "QLoRA: hold the frozen language model in NF4 (bitsandbytes)."}
