@@ -135,12 +135,13 @@ def tile_grid(height: int, width: int, tile_height: int, tile_width: int, max_ti
     def kept(grid: tuple[int, int]) -> float:
         return min(1.0, grid[0] * tile_height / height, grid[1] * tile_width / width)
 
+    # More than this would enlarge a side by more than a third.
+    most_rows = max(1, 4 * height // (3 * tile_height))
+    most_columns = max(1, 4 * width // (3 * tile_width))
     grids = [
         (rows, columns)
-        for rows in range(1, max_tiles + 1)
-        for columns in range(1, max_tiles // rows + 1)
-        if (rows == 1 or 3 * rows * tile_height <= 4 * height)
-        and (columns == 1 or 3 * columns * tile_width <= 4 * width)
+        for rows in range(1, min(most_rows, max_tiles) + 1)
+        for columns in range(1, min(most_columns, max_tiles // rows) + 1)
     ]
     return max(grids, key=lambda grid: (kept(grid), -grid[0] * grid[1]))
 
@@ -205,7 +206,7 @@ class SiQVLConfig(PretrainedConfig):
 
     model_type = "siq_vl"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "image_outputs"]
 
     def __init__(
         self,

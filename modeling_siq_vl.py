@@ -134,9 +134,12 @@ class SiQVLModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         image_hidden_states (`torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`, *optional*):
             Projected image features, as they replaced the placeholders.
+        image_outputs ([`BaseModelOutputWithPooling`], *optional*):
+            What [`get_image_features`] returned, with the tower's hidden states and attentions where these were asked for.
     """
 
     image_hidden_states: Optional[torch.Tensor] = None
+    image_outputs: Optional[BaseModelOutputWithPooling] = None
 
 
 @dataclass
@@ -147,9 +150,12 @@ class SiQVLCausalLMOutputWithPast(CausalLMOutputWithPast):
     Args:
         image_hidden_states (`torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`, *optional*):
             Projected image features, as they replaced the placeholders.
+        image_outputs ([`BaseModelOutputWithPooling`], *optional*):
+            What [`get_image_features`] returned, with the tower's hidden states and attentions where these were asked for.
     """
 
     image_hidden_states: Optional[torch.Tensor] = None
+    image_outputs: Optional[BaseModelOutputWithPooling] = None
 
 
 class SiQVLPreTrainedModel(PreTrainedModel):
@@ -367,10 +373,11 @@ class SiQVLModel(SiQVLPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         self._check_packing(inputs_embeds.shape[0], position_ids, attention_mask, past_key_values, use_cache)
 
-        image_features = None
+        image_features = image_outputs = None
         if pixel_values is not None or vision_features is not None:
-            image_features = self.get_image_features(pixel_values, vision_features, return_dict=True).pooler_output
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+            image_outputs = self.get_image_features(pixel_values, vision_features, return_dict=True, **recorded)
+            image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif input_ids is not None and input_ids.shape[1] > 1 and _is_empty(past_key_values):
@@ -392,6 +399,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            image_outputs=image_outputs,
         )
 
     def _check_packing(
@@ -602,6 +610,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
     def generate(
