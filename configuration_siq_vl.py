@@ -5,6 +5,7 @@ import os
 from typing import Any, Optional, Union
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 # google/siglip2-large-patch16-512 without its attention-pooling head.
@@ -295,6 +296,14 @@ class SiQVLConfig(PretrainedConfig):
             )
         if not isinstance(self.projector_bias, bool):
             raise ValueError(f"projector_bias is {self.projector_bias!r}, but must be a boolean: set true or false.")
+        numbers = {
+            "vision_config.image_size": self.vision_config.image_size,
+            "vision_config.patch_size": self.vision_config.patch_size,
+            "text_config.vocab_size": self.text_config.vocab_size,
+        }
+        for name, value in numbers.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, but must be an integer: correct it in config.json.")
         self._validate_token_ids()
         # Checks the grid; a config that cannot say how many tokens an image takes is of no use.
         _ = self.image_seq_length
@@ -330,7 +339,14 @@ def _build_sub_config(
         raise ValueError(f"{name} is a {type(value).__name__}, but must be a configuration, a dict or None: pass one.")
     fields = copy.deepcopy(value)
     model_type = fields.pop("model_type", default["model_type"])
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{name} does not describe a model of type {model_type!r} that transformers {transformers.__version__} can "
+            f"build: correct it in config.json, or install the version that wrote it ({reason})."
+        ) from error
 
 
 def _read_rope_parameters(text_config: PretrainedConfig) -> None:

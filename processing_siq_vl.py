@@ -264,9 +264,10 @@ class SiQVLProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        path = pretrained_model_name_or_path
         return [
-            AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **{**kwargs, **PIL_BACKEND}),
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            _loaded(AutoImageProcessor, "preprocessor_config.json", path, **{**kwargs, **PIL_BACKEND}),
+            _loaded(AutoTokenizer, "tokenizer.json with its tokenizer_config.json", path, **kwargs),
         ]
 
     @property
@@ -631,6 +632,17 @@ class SiQVLProcessor(ProcessorMixin):
                 raise ValueError(
                     f"The tokenizer made {kept} image tokens of the {wanted} in text {index}: leave split_special_tokens off."
                 )
+
+
+def _loaded(auto_class: Any, files: str, path: Union[str, os.PathLike], **kwargs) -> Any:
+    """A part of the processor, or an `OSError` that names the files it is read from."""
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except Exception as error:  # what the tokenizers library raises for a damaged file has no class of its own
+        raise OSError(
+            f"{path} has no {files} that can be read: copy the files of the checkpoint again, or save its processor again "
+            f"with `save_pretrained` ({_one_line(error)})."
+        ) from error
 
 
 def _load_backbone_tokenizer(path: str) -> PreTrainedTokenizerFast:
