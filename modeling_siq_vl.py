@@ -135,7 +135,8 @@ class SiQVLModelOutputWithPast(BaseModelOutputWithPast):
         image_hidden_states (`torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`, *optional*):
             Projected image features, as they replaced the placeholders.
         image_outputs ([`BaseModelOutputWithPooling`], *optional*):
-            What [`get_image_features`] returned, with the tower's hidden states and attentions where these were asked for.
+            What [`get_image_features`] returned; on transformers 5 with the tower's own hidden states and attentions, where
+            these were asked for.
     """
 
     image_hidden_states: Optional[torch.Tensor] = None
@@ -151,7 +152,8 @@ class SiQVLCausalLMOutputWithPast(CausalLMOutputWithPast):
         image_hidden_states (`torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`, *optional*):
             Projected image features, as they replaced the placeholders.
         image_outputs ([`BaseModelOutputWithPooling`], *optional*):
-            What [`get_image_features`] returned, with the tower's hidden states and attentions where these were asked for.
+            What [`get_image_features`] returned; on transformers 5 with the tower's own hidden states and attentions, where
+            these were asked for.
     """
 
     image_hidden_states: Optional[torch.Tensor] = None
