@@ -91,18 +91,25 @@ $(VENV)/.app $(VENV5)/.app: %/.app: %/.ready requirements-app.txt
 clean:
 	rm -rf outputs/tiny
 
-# Transformers' own test mixins, from the source of the installed release; SIQ_VL_TRANSFORMERS_SOURCE=folder takes
+# Transformers' own test mixins on both majors, each from the source distribution of its installed release, and what is
+# skipped beside what Idefics3 skips. test-hf-4 and test-hf-5 run one major; SIQ_VL_TRANSFORMERS_SOURCE=folder gives them
 # another source, such as a checkout of the release, which has the mixins for generation too.
-SIQ_VL_TRANSFORMERS_SOURCE ?= $(VENV)/transformers-source
-.PHONY: test-hf
-test-hf: $(SIQ_VL_TRANSFORMERS_SOURCE) $(VENV)/.ready
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check parameterized==0.9.0
-	SIQ_VL_TRANSFORMERS_SOURCE=$< $(VENV)/bin/python -m pytest -q -o addopts= tests/test_hf_mixins.py
+.PHONY: test-hf test-hf-4 test-hf-5
+test-hf: test-hf-4 test-hf-5
+test-hf-4: HF_VENV := $(VENV)
+test-hf-5: HF_VENV := $(VENV5)
+test-hf-4: $(VENV)/transformers-source
+test-hf-5: $(VENV5)/transformers-source
+test-hf-4 test-hf-5:
+	SIQ_VL_TRANSFORMERS_SOURCE=$(or $(SIQ_VL_TRANSFORMERS_SOURCE),$(abspath $(HF_VENV))/transformers-source) \
+		$(HF_VENV)/bin/python -m pytest -q -o addopts= -p no:warnings tests/test_hf_mixins.py tests/test_hf_generation.py
 
-$(VENV)/transformers-source: $(VENV)/.ready
-	release=$$($(VENV)/bin/python -c "import transformers; print(transformers.__version__)") && \
-	$(VENV)/bin/python -m pip download -q --no-deps --no-binary :all: -d $(VENV) transformers==$$release && \
-	mkdir -p $@ && tar -xzf $(VENV)/transformers-$$release.tar.gz -C $@ --strip-components 1
+$(VENV)/transformers-source $(VENV5)/transformers-source: %/transformers-source: %/.ready
+	$*/bin/python -m pip install -q --disable-pip-version-check parameterized==0.9.0
+	release=$$($*/bin/python -c "import transformers; print(transformers.__version__)") && \
+	$*/bin/python -m pip download -q --no-deps --no-binary :all: -d $* transformers==$$release && \
+	rm -rf $@ && mkdir -p $@ && tar -xzf $*/transformers-$$release.tar.gz -C $@ --strip-components 1
+	touch $@
 
 # Make the repo the checkpoint that `make demo` left after stage 3, and keep what it measured.
 .PHONY: root

@@ -5,6 +5,7 @@ import os
 from typing import Any, Optional, Union
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 # google/siglip2-large-patch16-512 without its attention-pooling head.
@@ -190,12 +191,13 @@ def tile_grid(height: int, width: int, tile_height: int, tile_width: int, max_ti
     def kept(grid: tuple[int, int]) -> float:
         return min(1.0, grid[0] * tile_height / height, grid[1] * tile_width / width)
 
+    # More than this would enlarge a side by more than a third.
+    most_rows = max(1, 4 * height // (3 * tile_height))
+    most_columns = max(1, 4 * width // (3 * tile_width))
     grids = [
         (rows, columns)
-        for rows in range(1, max_tiles + 1)
-        for columns in range(1, max_tiles // rows + 1)
-        if (rows == 1 or 3 * rows * tile_height <= 4 * height)
-        and (columns == 1 or 3 * columns * tile_width <= 4 * width)
+        for rows in range(1, min(most_rows, max_tiles) + 1)
+        for columns in range(1, min(most_columns, max_tiles // rows) + 1)
     ]
     return max(grids, key=lambda grid: (kept(grid), -grid[0] * grid[1]))
 
@@ -260,7 +262,7 @@ class SiQVLConfig(PretrainedConfig):
 
     model_type = "siq_vl"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
 
     def __init__(
         self,
@@ -349,6 +351,14 @@ class SiQVLConfig(PretrainedConfig):
             )
         if not isinstance(self.projector_bias, bool):
             raise ValueError(f"projector_bias is {self.projector_bias!r}, but must be a boolean: set true or false.")
+        numbers = {
+            "vision_config.image_size": self.vision_config.image_size,
+            "vision_config.patch_size": self.vision_config.patch_size,
+            "text_config.vocab_size": self.text_config.vocab_size,
+        }
+        for name, value in numbers.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, but must be an integer: correct it in config.json.")
         check_decoder(self.text_config)
         self._validate_token_ids()
         # Checks the grid; a config that cannot say how many tokens an image takes is of no use.
@@ -385,7 +395,14 @@ def _build_sub_config(
         raise ValueError(f"{name} is a {type(value).__name__}, but must be a configuration, a dict or None: pass one.")
     fields = copy.deepcopy(value)
     model_type = fields.pop("model_type", default["model_type"])
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{name} does not describe a model of type {model_type!r} that transformers {transformers.__version__} can "
+            f"build: correct it in config.json, or install the version that wrote it ({reason})."
+        ) from error
 
 
 def _read_rope_parameters(text_config: PretrainedConfig) -> None:

@@ -138,9 +138,13 @@ class SiQVLModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         image_hidden_states (`torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`, *optional*):
             Projected image features, as they replaced the placeholders.
+        image_outputs ([`BaseModelOutputWithPooling`], *optional*):
+            What [`get_image_features`] returned; on transformers 5 with the tower's own hidden states and attentions, where
+            these were asked for.
     """
 
     image_hidden_states: Optional[torch.Tensor] = None
+    image_outputs: Optional[BaseModelOutputWithPooling] = None
 
 
 @dataclass
@@ -151,9 +155,13 @@ class SiQVLCausalLMOutputWithPast(CausalLMOutputWithPast):
     Args:
         image_hidden_states (`torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`, *optional*):
             Projected image features, as they replaced the placeholders.
+        image_outputs ([`BaseModelOutputWithPooling`], *optional*):
+            What [`get_image_features`] returned; on transformers 5 with the tower's own hidden states and attentions, where
+            these were asked for.
     """
 
     image_hidden_states: Optional[torch.Tensor] = None
+    image_outputs: Optional[BaseModelOutputWithPooling] = None
 
 
 def scale_and_cap(logits: torch.Tensor, text_config: PretrainedConfig) -> torch.Tensor:
@@ -422,10 +430,11 @@ class SiQVLModel(SiQVLPreTrainedModel):
         past_key_values = _one_cache(past_key_values, cache)
         self._check_packing(inputs_embeds.shape[0], position_ids, attention_mask, past_key_values, use_cache)
 
-        image_features = None
+        image_features = image_outputs = None
         if pixel_values is not None or vision_features is not None:
-            image_features = self.get_image_features(pixel_values, vision_features, return_dict=True).pooler_output
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+            image_outputs = self.get_image_features(pixel_values, vision_features, return_dict=True, **recorded)
+            image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             if scales_embeddings_inside(self.config.text_config):
                 image_features = image_features / self.config.text_config.hidden_size**0.5
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
@@ -448,6 +457,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            image_outputs=image_outputs,
         )
 
     def _check_packing(
@@ -662,6 +672,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
     def generate(
