@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,10 +195,10 @@ def _first_failure(log: Path) -> str:
     return found.group(1) if found else ""
 
 
-def table(mutations: Sequence[Mutation], verdicts: dict[str, dict]) -> str:
+def table(mutations: Sequence[Mutation], keys: Mapping[Mutation, str], verdicts: Mapping[str, dict]) -> str:
     lines = ["| file | change | verdict | CPU s |", "|---|---|---|---|"]
     for mutation in mutations:
-        found = verdicts.get(key_of(mutation), {"verdict": "not run", "seconds": 0.0})
+        found = verdicts.get(keys[mutation], {"verdict": "not run", "seconds": 0.0})
         about = (mutation.about or f"{mutation.old} -> {mutation.new}").replace("|", "\\|").replace("\n", " ")
         lines.append(f"| {mutation.file} | {about} | {found['verdict']} | {found['seconds']:.1f} |")
     return "\n".join(lines) + "\n"
@@ -246,7 +246,8 @@ def main() -> int:
     kept = KEPT / "verdicts.jsonl"
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
     verdicts = {entry["key"]: entry for entry in map(json.loads, lines)}
-    todo = [each for each in mutations if options.again or key_of(each) not in verdicts]
+    keys = {each: key_of(each) for each in mutations}  # of the files as they are now
+    todo = [each for each in mutations if options.again or keys[each] not in verdicts]
     say(f"{len(mutations)} changes, {len(todo)} to run")
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
@@ -259,14 +260,14 @@ def main() -> int:
     while waiting or runs.running:
         while waiting and len(runs.running) < options.jobs:
             mutation = waiting.pop(0)
-            log = KEPT / f"{key_of(mutation)[:12]}.log"
+            log = KEPT / f"{keys[mutation][:12]}.log"
             runs.start(mutation, mutation.tests, log, ["-x"])
         run, status, seconds = runs.wait()
         found = verdict_of(status)
         say(f"{found}, {seconds:.1f} s: {run.mutation.name}")
-        verdicts[key_of(run.mutation)] = entry = {
+        verdicts[keys[run.mutation]] = entry = {
             **asdict(run.mutation),
-            "key": key_of(run.mutation),
+            "key": keys[run.mutation],
             "verdict": found,
             "seconds": round(seconds, 1),
             "noticed_by": _first_failure(run.log),
@@ -275,8 +276,8 @@ def main() -> int:
             file.write(json.dumps(entry) + "\n")
         if found == "killed":
             run.log.unlink()
-    (KEPT / "table.md").write_text(table(mutations, verdicts), encoding="utf-8")
-    found = [verdicts[key_of(each)]["verdict"] for each in mutations]
+    (KEPT / "table.md").write_text(table(mutations, keys, verdicts), encoding="utf-8")
+    found = [verdicts[keys[each]]["verdict"] for each in mutations]
     counts = {verdict: found.count(verdict) for verdict in sorted(set(found))}
     say(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     say(f"{100 * found.count('killed') / max(1, len(found)):.1f}% of {len(found)} killed; table: {KEPT / 'table.md'}")

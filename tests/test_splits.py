@@ -138,3 +138,22 @@ def test_the_gates_are_asked_of_the_test_split(drawn):
     asked = gates._described_questions(2)
     assert drawn.keys() == {"test"}
     assert max(map(len, asked.values())) == 2
+
+
+def test_rows_ask_in_several_ways_and_answer_directly_as_often_as_they_shall():
+    drawn = [sample("train", index) for index in range(30)]
+    for share, thinking in ((0.0, {True}), (1.0, {False})):
+        made = [rows.row(each, "reason", direct_share=share) for each in drawn]
+        assert {row["chat_template_kwargs"]["enable_thinking"] for row in made} == thinking
+        assert all(("<think></think>" in row["completion"][0]["content"][0]["text"]) == (share == 1) for row in made)
+    few = [rows.row(each, "reason", direct_share=0.2)["chat_template_kwargs"]["enable_thinking"] for each in drawn]
+    assert few.count(False) < 12
+    asked = [rows.row(each, "caption")["prompt"][0]["content"][-1]["text"] for each in drawn]
+    assert set(asked) == set(rows.CAPTION_PROMPTS)
+
+
+def test_described_questions_show_no_picture():
+    (item,) = evaluated.held_out_items(5)[:1]
+    asked = evaluated.described(item)
+    assert asked.open_images() == [] and item.open_images()
+    assert asked.prompt() == rows.user_turn(f"{item.caption}\n{item.question}", images=0)

@@ -291,3 +291,24 @@ def test_plots_rise_where_numbers_do():
 def test_estimates_of_unlike_questions_have_no_difference():
     with pytest.raises(ValueError, match="no paired difference"):
         Estimate(0.0, np.zeros((2, 3))) - Estimate(0.0, np.zeros((2, 4)))
+
+
+def test_rows_of_a_table_are_of_their_domain_and_number_of_steps():
+    made = [predicted(place, score, domain=domain, multi_step=multi_step) for place, (domain, multi_step, score) in enumerate(
+        (domain, multi_step, score) for domain, scores in (("scenes", (1.0, 0.0)), ("charts", (0.5, 0.25)))
+        for multi_step, score in zip((False, True), scores, strict=True)
+    )]  # fmt: skip
+    lines = [line.split("|")[1:4:2] for line in tables.accuracy_table({"model": made}).splitlines()[2:]]
+    found = [(name.strip(), value.split("±")[0].strip()) for name, value in lines]
+    assert found[:6] == [
+        ("scenes", "50.0"), ("- single-step", "100.0"), ("- multi-step", "0.0"),
+        ("charts", "37.5"), ("- single-step", "50.0"), ("- multi-step", "25.0"),
+    ]  # fmt: skip
+    assert found[6:] == [("all", "43.8"), ("- single-step", "75.0"), ("- multi-step", "12.5")]
+
+
+def test_lengths_have_their_quantiles():
+    outputs = [f"<think>{'a ' * length}</think><answer>b</answer>" for length in range(101)]
+    found = METRICS["cot_length"].compute(outputs)
+    assert [found[name] for name in ("min", "p10", "median", "p90", "max")] == [0, 10, 50, 90, 100]
+    assert found["std"] == pytest.approx(np.arange(101).std()) and found["without"] == pytest.approx(1 / 101)
