@@ -2,21 +2,25 @@
 
 import asyncio
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
+from siq_vl.distill import card, selection
 from siq_vl.distill import rows as training
-from siq_vl.distill import selection
 from siq_vl.distill.budget import Budget
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
-from siq_vl.distill.questions import Picture, TraceQuestion
+from siq_vl.distill.questions import Picture, TraceQuestion, figure_questions
 from siq_vl.distill.rows import TraceArguments, _Trace
 from siq_vl.distill.selection import Selection, _Mark, settle
 from siq_vl.distill.summary import Summary, TeacherSummary, cost_table, precision_and_recall, summarize
-from siq_vl.distill.teachers.base import Said, Teacher
+from siq_vl.distill.teachers.base import Asked, Said, Teacher
+from siq_vl.distill.teachers.oracle import FiguresTeacher
+from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
 from siq_vl.distill.traces import TraceStore, read_traces
 from siq_vl.distill.verification import Verification
 
@@ -288,3 +292,71 @@ def test_pictures_are_kept_where_they_shall_be(tmp_path, make_image):
             store.seal()
             (shard,) = store.shards()
             assert bool(pq.read_table(shard)["images"].to_pylist()[0]) == embed
+
+
+def test_a_hint_is_a_part_of_the_id_whatever_the_prompt(tmp_path):
+    question = TraceQuestion("a", "?", ("7",))
+    ids = set()
+    with TraceStore(tmp_path) as store:
+        for hint in (True, False):
+            prompts = SimpleNamespace(versions={"general": "always the same"}, hint=hint)
+            (job,) = Run(Scripted({}), prompts, store, Verification(), progress=False).missing([question])
+            ids.add(job.id)
+    assert len(ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("made", "size"), [(999, "n<1K"), (1000, "1K<n<10K"), (9_999, "1K<n<10K"), (10_000, "10K<n<100K")]
+)
+def test_the_card_says_how_large_a_store_is(tmp_path, monkeypatch, made, size):
+    monkeypatch.setattr(card, "summarize", lambda folder: Summary({"a": TeacherSummary(made=made, kept=made)}))
+    hinted = {"teacher": "a", "revision": "1", "prompt": "p", "sampling": "{}", "hinted": True}
+    monkeypatch.setattr(card, "rows", lambda folder, columns: [hinted, {**hinted, "hinted": False}])
+    (tmp_path / "settings.json").write_text("{}")
+    text = card.write_card(tmp_path).read_text(encoding="utf-8")
+    assert f"size_categories:\n- {size}\n" in text and f"{made} traces" in text
+    assert text.count("gold answer shown") == 1
+
+
+def test_neither_the_journal_nor_anything_else_is_pushed(tmp_path, monkeypatch):
+    store_of(tmp_path, {"a": [trace(LONG)]})
+    (tmp_path / "report.html").write_text("page")
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "journal" / "00009.jsonl").write_text("")
+    pushed = {}
+    api = SimpleNamespace(
+        create_repo=lambda name, **options: pushed.update(options),
+        upload_folder=lambda **options: pushed.update(options) or "address",
+    )
+    monkeypatch.setattr(card, "HfApi", lambda: api)
+    card.push_to_hub(tmp_path, "me/traces")
+    files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    sent = set(filter_repo_objects(files, allow_patterns=pushed["allow_patterns"]))
+    assert sent == {"data/traces-00000.parquet", "README.md", "report.html", "settings.json"}
+    assert pushed["private"] is True and pushed["repo_type"] == "dataset"
+
+
+def test_faults_of_the_oracle_hang_on_its_seed_and_on_the_repeat():
+    def injected(seed: int, repeat: int) -> list[str]:
+        teacher = FiguresTeacher("terse", error_rate=0.5, seed=seed)
+        asked = [Asked(question, [], "?", repeat) for question in figure_questions(20)]
+        return [said.injected for said in asyncio.run(teacher.generate(asked))]
+
+    first = injected(0, 0)
+    assert first == injected(0, 0) and len({tuple(first), tuple(injected(1, 0)), tuple(injected(0, 1))}) == 3
+    assert 3 < first.count("") < 17
+
+
+def test_a_key_is_not_carried_to_where_a_server_points():
+    sent = {}
+
+    class Session:
+        def post(self, address, **options):
+            sent.update(options)
+            raise OSError("not asked at all")
+
+    teacher = ServerTeacher(ServerSettings("model", attempts=1))
+    teacher._session = Session()
+    with pytest.raises(OSError, match="not asked"):
+        asyncio.run(teacher._post("http://somewhere/v1", b"{}"))
+    assert sent["allow_redirects"] is False

@@ -12,11 +12,12 @@ from datasets import Dataset
 from PIL import Image
 
 from siq_vl.data import sources
-from siq_vl.data.conversations import Conversation, Dropped, message
+from siq_vl.data.conversations import Conversation, Dropped, message, with_markers
 from siq_vl.data.features import Pictures
 from siq_vl.data.features_store import ENTRY, FeatureStore, FeatureWriter, Layout
 from siq_vl.data.filters import Duplicates, FilterConfig, filtered
 from siq_vl.data.mixtures import MixtureConfig, build_mixture
+from siq_vl.data.reading import DropLog
 from siq_vl.data.sources import Source, SourceConfig
 
 LAYOUT = Layout(2, 2, 8, "float32")
@@ -247,3 +248,27 @@ def test_paths_of_a_sub_folder_come_first(tmp_path, make_image):
     (tmp_path / "part" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Source(SourceConfig(str(tmp_path), subset="part"))
     assert source.roots == [tmp_path / "part", Path(tmp_path)]
+
+
+def test_pictures_come_before_the_first_question():
+    assert [part["type"] for part in message("user", "What?", 2)["content"]] == ["image", "image", "text"]
+    turns = [("system", "Be kind."), ("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")]
+    placed = [[part["type"] for part in turn["content"]] for turn in with_markers(turns, 1)]
+    assert placed == [["text"], ["image", "text"], ["text"], ["text"], ["text"]]
+    marked = with_markers([("user", "before <image>\nafter"), ("assistant", "1")], 1)
+    assert [part.get("text") for part in marked[0]["content"]] == ["before ", None, "after"]
+
+
+def test_a_row_that_is_left_out_counts_once(tmp_path):
+    log = DropLog(0.5, tmp_path / "log.jsonl")
+    for _ in range(3):
+        log.add("a", 1, Dropped("broken", "again", defect=True))
+    log.add("a", 2, Dropped("unwanted"))
+    assert log.merged() == {"a": {"broken": 1, "unwanted": 1}} and log.defects == {"a": 1}
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    few = DropLog(0.02)
+    few.read["a"] = 100
+    for row in range(2):
+        few.add("a", row, Dropped("broken", defect=True))
+    with pytest.raises(ValueError, match="3 of 100 rows read from a are broken"):
+        few.add("a", 3, Dropped("broken", defect=True))

@@ -1,6 +1,7 @@
 """Intervals, tables and summaries against small cases worked out by hand, and against other code for the same formula."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy import stats
 from siq_vl.ablations import Arm, Plan, jobs_of, read_plan
 from siq_vl.evaluation import ablations, plots, tables
 from siq_vl.evaluation import predictions as kept
+from siq_vl.evaluation.answers import is_correct
 from siq_vl.evaluation.figures import held_out_items
 from siq_vl.evaluation.intervals import mcnemar, paired_bootstrap, paired_difference, wilson
 from siq_vl.evaluation.metrics import METRICS
@@ -312,3 +314,26 @@ def test_lengths_have_their_quantiles():
     found = METRICS["cot_length"].compute(outputs)
     assert [found[name] for name in ("min", "p10", "median", "p90", "max")] == [0, 10, 50, 90, 100]
     assert found["std"] == pytest.approx(np.arange(101).std()) and found["without"] == pytest.approx(1 / 101)
+
+
+def test_half_right_is_right_and_less_is_not():
+    (item,) = held_out_items(5)[:1]
+    golds = ("tea",) * 2 + ("cup",) * 3 + ("milk",) * 5
+    asked = replace(item, metric="vqa", golds=golds)
+    for answer, score, correct in (("tea", 0.6, True), ("cup", 0.9, True), ("water", 0.0, False)):
+        made = kept.judge(asked, answer)
+        assert (made.score, made.correct) == (pytest.approx(score), correct)
+    made = kept.judge(replace(asked, golds=("tea",) + ("milk",) * 9), "tea")
+    assert made.score == pytest.approx(0.3) and not made.correct and made.scored
+
+
+def test_an_answer_that_is_no_number_is_not_right_where_one_is_asked_for():
+    assert not is_correct("cat", "cat", kind="number") and is_correct("cat", "cat")
+    assert is_correct("7 cats", "7", kind="number") and not is_correct("perhaps", "perhaps", kind="yes_no")
+
+
+def test_a_step_with_other_numbers_is_another_step():
+    reference = "<think>so the price of the tea is 4 in all. then the sum of them is 11</think><answer>11</answer>"
+    row = METRICS["step_score"].score(reference.replace("4", "5"), reference)
+    assert (row["found"], row["in_order"]) == (0.5, 1.0)
+    assert METRICS["step_score"].score(reference, reference)["found"] == 1
