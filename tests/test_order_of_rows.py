@@ -95,7 +95,7 @@ def test_long_streams_are_shuffled_from_their_first_row_on(monkeypatch):
     made = list(sources._shuffled(iter(range(100)), 0))
     assert sorted(made) == list(range(100))
     assert made[:90] != list(range(90)) and made[90:] != sorted(made[90:])
-    assert set(made[:20]) != set(range(20))
+    assert set(made[:20]) != set(range(20)) and made[:90] != sorted(made[:90])
     assert made != list(sources._shuffled(iter(range(100)), 1))
 
 
@@ -272,3 +272,23 @@ def test_a_row_that_is_left_out_counts_once(tmp_path):
         few.add("a", row, Dropped("broken", defect=True))
     with pytest.raises(ValueError, match="3 of 100 rows read from a are broken"):
         few.add("a", 3, Dropped("broken", defect=True))
+
+
+def test_readers_of_a_stream_draw_figures_of_their_own(texts):
+    listed = [
+        {"path": "figures", "weight": 1.0, "max_samples": 4},
+        {"path": texts("one", 8), "weight": 1.0, "streaming": True},
+    ]
+    rows = build_mixture(MixtureConfig(sources=listed), "answer", None, readers=2).rows
+    drawn = []
+    for part in range(2):
+        read = islice(iter(rows.shard(2, part)), 24)
+        drawn.append([np.asarray(row["images"][0]).tobytes() for row in read if row["source"] == "figures"])
+    assert not set(drawn[0]) & set(drawn[1])
+    assert [len(set(each)) for each in drawn] == [2, 2]  # four in all, over and over
+
+
+def test_shares_are_those_of_the_rows_that_are_used(texts):
+    listed = [{"path": texts(name, 9), "weight": weight} for name, weight in (("one", 3.0), ("other", 1.0))]
+    report = build_mixture(MixtureConfig(sources=listed), "answer", 7).report
+    assert [(each.used, each.share) for each in report.sources] == [(5, 5 / 7), (2, 2 / 7)]

@@ -6,9 +6,11 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
+from siq_vl.loading import load_checkpoint
 from siq_vl.training import checkpoints, run
 from siq_vl.training.curves import curves_of, learning_curve_svg
 from siq_vl.training.features import times_read
+from siq_vl.training.loading import load_for_stage
 from siq_vl.training.recipes import arrange_batches, keep_effective_batch, parse_recipe
 from siq_vl.training.trainer import SiQVLTrainer, _sums_by_sample
 
@@ -119,3 +121,19 @@ def test_curves_fall_where_losses_do():
     assert whole[1][1] > whole[0][1] and of_a[0][1] < whole[0][1]  # down is up in an SVG
     assert whole[0][0] == of_a[0][0] < whole[1][0]
     assert ">loss 1.000<" in drawn and ">loss/a 0.500<" in drawn
+
+
+def test_the_fresh_projector_is_that_of_the_seed():
+    def projector(seed: int) -> torch.Tensor:
+        options = ["--stage", "1", "--seed", str(seed), "--output_dir", "somewhere"]
+        return load_for_stage(parse_recipe(("1",), options))[0].model.projector.linear.weight
+
+    torch.manual_seed(5)
+    first = projector(7)
+    torch.manual_seed(6)
+    assert torch.equal(first, projector(7)) and not torch.equal(first, projector(8))
+
+
+def test_what_is_loaded_for_answers_is_in_evaluation_mode(checkpoint):
+    model, _ = load_checkpoint(str(checkpoint))
+    assert not model.training

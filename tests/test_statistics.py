@@ -9,9 +9,10 @@ from conftest import REPO_ROOT
 from scipy import stats
 
 from siq_vl.ablations import Arm, Plan, jobs_of, read_plan
-from siq_vl.evaluation import ablations, plots, tables
+from siq_vl.evaluation import ablations, plots, report, tables
 from siq_vl.evaluation import predictions as kept
-from siq_vl.evaluation.answers import is_correct
+from siq_vl.evaluation.answers import is_correct, number_in
+from siq_vl.evaluation.arithmetic import false_statements
 from siq_vl.evaluation.figures import held_out_items
 from siq_vl.evaluation.intervals import mcnemar, paired_bootstrap, paired_difference, wilson
 from siq_vl.evaluation.metrics import METRICS
@@ -337,3 +338,21 @@ def test_a_step_with_other_numbers_is_another_step():
     row = METRICS["step_score"].score(reference.replace("4", "5"), reference)
     assert (row["found"], row["in_order"]) == (0.5, 1.0)
     assert METRICS["step_score"].score(reference, reference)["found"] == 1
+
+
+def test_scales_and_bounds_of_numbers_are_read():
+    assert number_in("3 thousand") == (3000.0, "") and number_in("2.5 million") == (2.5e6, "")
+    assert false_statements("3 <= 3. 3 >= 3. 2 ≤ 3") == [] and len(false_statements("4 <= 3. 3 >= 4. 3 < 3")) == 3
+
+
+def test_the_gallery_has_the_longest_and_lengths_of_scored_outputs(tmp_path, monkeypatch):
+    items = held_out_items(10)[:10]
+    made = [kept.judge(item, f"<think>{'a ' * place}</think><answer>x</answer>") for place, item in enumerate(items)]
+    shown = report.select(items, [{"model": prediction} for prediction in made], 4)
+    assert items[9] in shown and items[8] in shown  # beside the first
+    lengths = []
+    monkeypatch.setattr(report, "length_plot", lambda given: lengths.append(given) or "")
+    made[3] = replace(made[3], fault=kept.IMAGE)
+    report.write_report(tmp_path / "page.html", items, {"model": made})
+    assert lengths == [{"model": [prediction.length for prediction in made if prediction.scored]}]
+    assert len(lengths[0]["model"]) == 9
