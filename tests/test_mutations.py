@@ -10,7 +10,7 @@ from mutate import Mutation, read_mutations
 MUTATIONS = read_mutations()
 
 
-def tests_of(file: str) -> set[str]:
+def nodes_of(file: str) -> set[str]:
     """The node ids of a test file, without parameters: of the file, its classes and its functions."""
     found = {file}
     for node in ast.parse((REPO_ROOT / file).read_text(encoding="utf-8")).body:
@@ -31,7 +31,7 @@ def test_every_change_can_be_made():
 
 def test_every_change_names_tests_that_are_there():
     files = {test.partition("::")[0] for mutation in MUTATIONS for test in mutation.tests}
-    known = set().union(*map(tests_of, files))
+    known = set().union(*map(nodes_of, files))
     for mutation in MUTATIONS:
         assert mutation.tests and set(mutation.tests) <= known, mutation.name
 

@@ -9,7 +9,7 @@ from conftest import REPO_ROOT
 from scipy import stats
 
 from siq_vl.ablations import Arm, Plan, jobs_of, read_plan
-from siq_vl.evaluation import ablations, plots, report, tables
+from siq_vl.evaluation import ablations, generation, plots, report, tables
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.answers import is_correct, number_in
 from siq_vl.evaluation.arithmetic import false_statements
@@ -356,3 +356,16 @@ def test_the_gallery_has_the_longest_and_lengths_of_scored_outputs(tmp_path, mon
     report.write_report(tmp_path / "page.html", items, {"model": made})
     assert lengths == [{"model": [prediction.length for prediction in made if prediction.scored]}]
     assert len(lengths[0]["model"]) == 9
+
+
+def test_outputs_come_in_the_order_of_the_prompts(monkeypatch):
+    monkeypatch.setattr(generation, "rendered", lambda processor, prompt, options: prompt)
+    said = lambda model, processor, texts, images, **options: [f"{text}, {len(shown)}" for text, shown in zip(texts, images, strict=True)]  # fmt: skip  # noqa: E731
+    monkeypatch.setattr(generation, "complete", said)
+    prompts, images = ["cccc", "a", "bbb", "dd", "e"], [[1], [], [1, 1], [1], []]
+    made = generation.generate_texts(None, None, prompts, images, batch_size=2)
+    assert made == ["cccc, 1", "a, 0", "bbb, 2", "dd, 1", "e, 0"]
+
+
+def test_about_is_within_a_twentieth():
+    assert false_statements("7 / 3 ≈ 2.4") == [] and len(false_statements("7 / 3 ≈ 2.6")) == 1

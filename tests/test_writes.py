@@ -329,3 +329,13 @@ def test_settings_name_what_was_run(tmp_path):
     checkpoints._write_records(tmp_path, settings, history)
     assert [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()] == history
     assert checkpoints._portable({"a": ["/some/where/here", "there", 1]}) == {"a": ["here", "there", 1]}
+
+
+def test_a_saved_model_uses_its_cache_and_names_no_folder_of_this_machine(tmp_path):
+    parts = SimpleNamespace(_name_or_path="/somewhere/tower"), SimpleNamespace(_name_or_path="/somewhere/decoder")
+    saved = []
+    config = SimpleNamespace(use_cache=False, vision_config=parts[0], text_config=parts[1])
+    model = SimpleNamespace(config=config, save_pretrained=saved.append)
+    checkpoints._save_model(model, SimpleNamespace(save_pretrained=saved.append), tmp_path)
+    assert saved == [tmp_path] * 2 and config.use_cache is True
+    assert [part._name_or_path for part in parts] == ["", ""]
