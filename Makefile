@@ -25,9 +25,10 @@ app: $(VENV)/.app
 test: $(VENV)/.ready
 	$(VENV)/bin/python $(PYTEST)
 
-# The same tests, and those of what only transformers 5 has.
+# The same tests, and those of what only transformers 5 has; in a random order, which SEED decides.
+SEED ?= $(shell date +%s)
 test-v5: $(VENV5)/.ready
-	$(VENV5)/bin/python $(PYTEST)
+	$(VENV5)/bin/python $(PYTEST) --random-order --random-order-seed=$(SEED)
 
 # The same on the newest transformers 5 there is, which may be newer than requirements-v5.txt has it; all else as pinned.
 VENV_NEWEST ?= .venv-newest
@@ -69,6 +70,11 @@ types: $(VENV)/.ready-dev
 # Lines of the library that the tests reach, in processes that they start too; fails below 90%.
 coverage: $(VENV)/.ready-dev
 	$(VENV)/bin/python $(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html:outputs/coverage
+
+# Changes of the code, one at a time, that some test has to notice: tests/mutations.yaml.
+.PHONY: mutants
+mutants: $(VENV)/.ready
+	$(VENV)/bin/python tests/mutate.py --jobs $(WORKERS)
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
