@@ -351,6 +351,7 @@ class SiQVLConfig(PretrainedConfig):
             )
         if not isinstance(self.projector_bias, bool):
             raise ValueError(f"projector_bias is {self.projector_bias!r}, but must be a boolean: set true or false.")
+        check_decoder(self.text_config)
         numbers = {
             "vision_config.image_size": self.vision_config.image_size,
             "vision_config.patch_size": self.vision_config.patch_size,
@@ -359,7 +360,6 @@ class SiQVLConfig(PretrainedConfig):
         for name, value in numbers.items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}, but must be an integer: correct it in config.json.")
-        check_decoder(self.text_config)
         self._validate_token_ids()
         # Checks the grid; a config that cannot say how many tokens an image takes is of no use.
         _ = self.image_seq_length
