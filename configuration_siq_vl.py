@@ -78,12 +78,14 @@ DECODERS = (
 _MIXTURE = "its experts' weights have other names on transformers 4 than on 5"
 _STATE = "it keeps a state from token to token, with a cache of its own"
 _POSITIONS = "it does not keep samples packed into a row apart by position_ids, on both majors of transformers"
+_LENGTHS = "its attention on transformers 4 cannot be told the lengths of the samples packed into a row"
 _NAMES = "its embedding, output layer or linear layers are not of the form that weights and LoRA are found by"
 _WHY_NOT = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "deepseek_v3", "gpt_oss"), _MIXTURE),
     **dict.fromkeys(("lfm2", "mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "rwkv"), _STATE),
-    **dict.fromkeys(("opt", "bloom", "falcon", "mpt", "stablelm", "nemotron"), _POSITIONS),
-    **dict.fromkeys(("gpt2", "gpt_neox", "gptj", "gpt_bigcode"), _NAMES),
+    **dict.fromkeys(("opt", "bloom", "mpt"), _POSITIONS),
+    **dict.fromkeys(("stablelm", "nemotron"), _LENGTHS),
+    **dict.fromkeys(("gpt2", "gpt_neox", "gptj", "gpt_bigcode", "falcon"), _NAMES),
     "phi": "its output layer has a bias, which SiQ-VL's has not",
     "bert": "it reads in both directions and writes no text",
     "roberta": "it reads in both directions and writes no text",
