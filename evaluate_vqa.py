@@ -28,10 +28,10 @@ from siq_vl import cli
 from siq_vl.data.adapters import FORMATS
 from siq_vl.data.sources import Source, SourceConfig
 from siq_vl.evaluation import predictions as kept
-from siq_vl.evaluation.figures import described, held_out_items
+from siq_vl.evaluation.held_out import described, held_out_items
+from siq_vl.evaluation.items import Item, items_of
 from siq_vl.evaluation.losses import reference_losses
 from siq_vl.evaluation.marking import METRICS
-from siq_vl.evaluation.questions import Item, items_of
 from siq_vl.evaluation.report import write_report
 from siq_vl.evaluation.runner import (
     RunSettings,
@@ -42,8 +42,8 @@ from siq_vl.evaluation.runner import (
     run,
     same_questions,
 )
+from siq_vl.evaluation.scores import before_after
 from siq_vl.evaluation.shifts import CLEAN, SHIFTS, shift_table, shifted
-from siq_vl.evaluation.summary import before_after
 from siq_vl.evaluation.tables import accuracy_table, caption_table, comparison_line, ordinary
 from siq_vl.hub import write_card
 from siq_vl.processing_siq_vl import SiQVLProcessor

@@ -15,16 +15,18 @@ import sys
 from siq_vl import cli
 from siq_vl.distill import options as settings
 from siq_vl.distill.card import push_to_hub, write_card
-from siq_vl.distill.page import write_page
 from siq_vl.distill.pipeline import Progress, Run
+from siq_vl.distill.questions import LeftOut
 from siq_vl.distill.selection import announce, settle
-from siq_vl.distill.summary import summarize, tables
+from siq_vl.distill.store_page import write_page
+from siq_vl.distill.teachers.base import TeacherLost
 from siq_vl.distill.traces import TraceStore
+from siq_vl.distill.yields import summarize, tables
 
 INTERRUPTED = 130
 
 
-def generate(options: argparse.Namespace, store: TraceStore) -> Progress:
+def generate(options: argparse.Namespace, store: TraceStore, left_out: LeftOut) -> Progress:
     """Ask every teacher what is missing; stop early where one's budget is spent or the run is interrupted."""
     verification = settings.verification_from(options)
     announce(store, verification)
@@ -42,27 +44,39 @@ def generate(options: argparse.Namespace, store: TraceStore) -> Progress:
             embed=options.images == "embed",
         )
         total = options.count * options.samples if options.count else None
-        progress = run.over(settings.questions_from(options), total)
+        progress = run.over(settings.questions_from(options, left_out), total)
         print(
             f"{teacher.name}: {progress.made} new traces, {progress.skipped} were there, {progress.failed} without answer"
         )
+        for error, count in progress.failures.most_common(3):
+            print(f"  {count} x {error}")
         if progress.ended != "done":
             break
+    if left_out.count:
+        print(f"{left_out.count} rows of {options.questions} cannot be asked and are left out: see {left_out.path}")
     return progress
 
 
 def main() -> None:
     options = settings.parse_options(__doc__)
     verification, selection = settings.verification_from(options), settings.selection_from(options)
+    lost: TeacherLost | None = None
     with TraceStore(options.output) as store:
         if options.retry_failed:
             print(f"asking again for {store.drop_failed()} traces")
-        progress = generate(options, store)
+        try:
+            progress = generate(options, store, LeftOut(options.output / "left_out.jsonl"))
+        except TeacherLost as error:
+            progress, lost = Progress(ended="lost"), error
         settle(store, verification, selection, progress=True)
+        if lost is not None and not store.shards():
+            raise lost
     for title, table in tables(summarize(options.output)).items():
         print(f"\n{title}\n\n{table}")
     write_card(options.output)
     print(f"\ntraces: {options.output}/data, page: {write_page(options.output)}")
+    if lost is not None:
+        raise lost
     if progress.ended == "budget":
         print("the budget is spent: raise it and run the same command to go on")
     if progress.ended == "interrupted":

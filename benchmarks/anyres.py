@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 REPO_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO_ROOT))
 
-from siq_vl.evaluation.figures import held_out_items  # noqa: E402
+from siq_vl.evaluation.held_out import held_out_items  # noqa: E402
+from siq_vl.evaluation.items import Item  # noqa: E402
 from siq_vl.evaluation.predictions import predict  # noqa: E402
-from siq_vl.evaluation.questions import Item  # noqa: E402
 from siq_vl.evaluation.shifts import anywhere, in_a_quarter  # noqa: E402
 from siq_vl.evaluation.tables import accuracy_cell, markdown  # noqa: E402
 from siq_vl.loading import load_checkpoint  # noqa: E402

@@ -22,9 +22,9 @@ sys.path.insert(0, str(REPO_ROOT))
 from siq_vl.configuration_siq_vl import SiQVLConfig  # noqa: E402
 from siq_vl.data.figures.dataset import sample  # noqa: E402
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration  # noqa: E402
+from siq_vl.planning.sizes import VISION_TOWER, model_config  # noqa: E402
 from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402
 from siq_vl.results import write_results  # noqa: E402
-from siq_vl.sizes import VISION_TOWER, model_config  # noqa: E402
 from siq_vl.training.backbones import stand_in_processor  # noqa: E402
 from siq_vl.training.recipes import ModelArguments  # noqa: E402
 

@@ -1,7 +1,7 @@
 """
 What fits where: batch, accumulation and peak memory of every stage on cards of 6 to 24 GB.
 
-    python benchmarks/fits.py                   # no GPU: the prediction of `siq_vl.sizes`, marked as such
+    python benchmarks/fits.py                   # no GPU: the prediction of `siq_vl.planning.sizes`, marked as such
     python benchmarks/fits.py --device cuda     # measured, each card by `torch.cuda.set_per_process_memory_fraction`
 
 Random weights in full size, pictures of 512 pixels (256 tokens), bfloat16, frozen weights in bfloat16, gradient
@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from trl.trainer.utils import get_peak_flops
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
-from siq_vl.sizes import Sizes, count, training_memory
+from siq_vl.planning.sizes import Sizes, count, training_memory
 from siq_vl.training.recipes import AdapterArguments
 
 CARDS = (6, 8, 12, 16, 24)  # GB, as sold: 2**30 bytes each

@@ -15,7 +15,7 @@ import common
 from torch.utils.data import DataLoader
 
 from siq_vl.data.collation import ConversationCollator
-from siq_vl.data.features_build import FeatureArguments, cached_rows
+from siq_vl.data.feature_cache.build import FeatureArguments, cached_rows
 from siq_vl.data.mixtures import MixtureConfig, build_mixture
 from siq_vl.data.sources import SourceConfig
 

@@ -1,5 +1,5 @@
 """
-Peak memory of training against the prediction of `python -m siq_vl.sizes`.
+Peak memory of training against the prediction of `python -m siq_vl.planning.sizes`.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --shape 0.5b --device cuda --batch_sizes 1 4 --length 1024
@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback
 
 from siq_vl.data.figures.rows import training_rows
-from siq_vl.sizes import MIB, count, training_memory
+from siq_vl.planning.sizes import MIB, count, training_memory
 from siq_vl.training.quantization import load_nf4
 from siq_vl.training.recipes import STAGES, Recipe, parse_recipe
 from siq_vl.training.run import make_trainer

@@ -24,7 +24,7 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO_ROOT))
 
 from siq_vl.data.figures.dataset import Sample, sample  # noqa: E402
-from siq_vl.evaluation.figures import EVALUATION_SEED  # noqa: E402
+from siq_vl.evaluation.held_out import EVALUATION_SEED  # noqa: E402
 from siq_vl.evaluation.intervals import clustered_ratio  # noqa: E402
 from siq_vl.evaluation.predictions import read  # noqa: E402
 from siq_vl.evaluation.tables import markdown  # noqa: E402

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.figures.rows import training_rows
-from siq_vl.sizes import MIB
+from siq_vl.planning.sizes import MIB
 
 
 def step_batch(config, length: int, images: int) -> dict[str, torch.Tensor]:

@@ -28,10 +28,10 @@ from siq_vl.distill.pipeline import Run  # noqa: E402
 from siq_vl.distill.prompts import Prompts  # noqa: E402
 from siq_vl.distill.questions import TraceQuestion, figure_questions  # noqa: E402
 from siq_vl.distill.selection import Selection, announce, settle  # noqa: E402
-from siq_vl.distill.summary import summarize  # noqa: E402
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher  # noqa: E402
 from siq_vl.distill.traces import TraceStore  # noqa: E402
 from siq_vl.distill.verification import Verification  # noqa: E402
+from siq_vl.distill.yields import summarize  # noqa: E402
 
 
 def watched(questions: Iterator[TraceQuestion], count: int, seen: list[tuple[int, float]]) -> Iterator[TraceQuestion]:

@@ -14,13 +14,13 @@ import pytest
 import yaml
 from scipy import stats
 
-from siq_vl.ablations import jobs_of, read_plan
+from siq_vl.ablation.arms import jobs_of, read_plan
+from siq_vl.ablation.jobs import Job, Jobs
+from siq_vl.ablation.results import mean_over_seeds
 from siq_vl.data.figures.dataset import sample
-from siq_vl.evaluation.ablations import mean_over_seeds
-from siq_vl.evaluation.emergence import read_emergence
-from siq_vl.evaluation.figures import described, held_out_items
+from siq_vl.evaluation.emergence_figure import read_emergence
+from siq_vl.evaluation.held_out import described, held_out_items
 from siq_vl.evaluation.seeds import ratio_of_totals
-from siq_vl.jobs import Job, Jobs
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = REPO_ROOT / "recipes/tiny/ablations.yaml"
@@ -274,7 +274,7 @@ def test_an_interruption_ends_what_is_running_and_it_does_not_count_as_done(tmp_
 
 
 def test_a_described_question_is_what_a_text_only_student_was_trained_on(tmp_path, monkeypatch):
-    from siq_vl.distill.rows import TraceArguments, training_traces
+    from siq_vl.distill.training_rows import TraceArguments, training_traces
 
     command = ["generate_traces.py", "--count", "6", "--style", "terse", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)

@@ -11,7 +11,7 @@ from transformers import SiglipVisionModel
 from siq_vl.configuration_siq_vl import tile_grid, tiles_per_image
 from siq_vl.data.figures.drawing import canvas, write
 from siq_vl.data.figures.rows import user_turn
-from siq_vl.evaluation.figures import held_out_items
+from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.predictions import judge
 from siq_vl.evaluation.shifts import in_a_quarter
 from siq_vl.loading import load_checkpoint

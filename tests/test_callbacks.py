@@ -15,9 +15,9 @@ from siq_vl.data.figures.rows import row, training_rows
 from siq_vl.plots import learning_curve_plot
 from siq_vl.training.callbacks import Sample, samples_page, send_to_tracker
 from siq_vl.training.checkpoints import loss_curves
-from siq_vl.training.loading import load_for_stage
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import hold_out, make_trainer, mixture_for_stage, train_and_save
+from siq_vl.training.starting_model import load_for_stage
 from siq_vl.training.trainer import SourceCollator
 
 SHORT = ("--max_steps", "4", "--effective_batch_size", "4", "--logging_steps", "1", "--dataloader_num_workers", "0")

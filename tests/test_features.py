@@ -22,19 +22,20 @@ from PIL import Image
 from processes import CONTEXT
 from torch.utils.data import DataLoader
 
-from siq_vl.data import features_build, features_store
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.conversations import message
-from siq_vl.data.features import Picture, Pictures, with_pictures
-from siq_vl.data.features_build import FeatureArguments, cached_rows, store_of, what_features_depend_on
-from siq_vl.data.features_store import ENTRY, FeatureStore, FeatureWriter, Layout
+from siq_vl.data.feature_cache import build as features_build
+from siq_vl.data.feature_cache import store as features_store
+from siq_vl.data.feature_cache.build import FeatureArguments, cached_rows, store_of, what_features_depend_on
+from siq_vl.data.feature_cache.pictures import Picture, Pictures, with_pictures
+from siq_vl.data.feature_cache.store import ENTRY, FeatureStore, FeatureWriter, Layout
 from siq_vl.data.images import decode_image
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
+from siq_vl.planning.plan import plan
 from siq_vl.processing_siq_vl import SiQVLProcessor
-from siq_vl.training.loading import load_for_stage
-from siq_vl.training.plan import plan
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import make_trainer, mixture_for_stage
+from siq_vl.training.starting_model import load_for_stage
 
 LAYOUT = Layout(2, 3, 8, "float32")
 
@@ -90,7 +91,7 @@ def test_several_writers_and_processes_share_a_store(tmp_path):
 
 
 def test_a_full_shard_is_followed_by_another(tmp_path, monkeypatch):
-    monkeypatch.setattr("siq_vl.data.features_store.SHARD_BYTES", 3 * LAYOUT.tile_bytes)
+    monkeypatch.setattr("siq_vl.data.feature_cache.store.SHARD_BYTES", 3 * LAYOUT.tile_bytes)
     store = FeatureStore(tmp_path, LAYOUT)
     write(tmp_path, range(3))
     store.refresh()
@@ -142,7 +143,14 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     store.refresh()
 
     def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        """Bytes of the store's features among the memory of this process, whatever else it holds."""
+        pages, counts = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                counts = str(tmp_path) in line and line.endswith(".features")
+            elif counts and line.startswith("Rss:"):
+                pages += int(line.split()[1])  # KiB
+        return 1024 * pages
 
     def read(numbers) -> None:
         for number in numbers:
@@ -152,6 +160,9 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     before = resident()
     read(range(1600))
     assert resident() - before < 20 * 2**20 < 1500 * layout.tile_bytes
+    mapped = store._mapped(int(store.find(key(0))["shard"]))
+    _ = sum(mapped[::4096])  # what is not let go is seen
+    assert resident() > 20 * 2**20
 
 
 # Pictures and rows
@@ -253,7 +264,7 @@ def test_pictures_are_decoded_once_in_all(photos, tmp_path, monkeypatch):
         decoded.append(arguments)
         return decode_image(*arguments)
 
-    monkeypatch.setattr("siq_vl.data.reading.decode_image", counting)
+    monkeypatch.setattr("siq_vl.data.preprocessing.decode_image", counting)
     _, _, trainer = run(photos, tmp_path, "--feature_cache", "on")
     # TRL looks at the first row, and the first pass names all pictures: neither decodes any.
     assert len(decoded) == 8
@@ -497,7 +508,7 @@ def test_what_cannot_be_stored_is_refused(photos, tmp_path, overrides, message):
 
 def test_a_full_disk_is_refused_before_anything_is_computed(photos, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(2**40, 2**40 - 5, 5)
-    monkeypatch.setattr("siq_vl.data.features_build.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("siq_vl.data.feature_cache.build.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(ValueError, match="has 5e-09 GB free"):
         prepared(recipe_for(photos, tmp_path, "--feature_cache", "on"))
 

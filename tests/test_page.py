@@ -11,13 +11,13 @@ from PIL import Image
 
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.figures.rows import user_turn
-from siq_vl.evaluation.answers import TAGS, matches, parse
 from siq_vl.evaluation.generation import generate_texts
 from siq_vl.loading import load_checkpoint
 from siq_vl.page.attention import ImageTokenLayout, attention_to_image, eager_twin, picture_layout
 from siq_vl.page.cards import card, empty_card, picture_address
-from siq_vl.page.reading import take_apart
+from siq_vl.page.parts import take_apart
 from siq_vl.page.streaming import Output, StreamingModel
+from siq_vl.parsing.answers import TAGS, matches, parse
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "<img src=x onerror=alert(1)> & \"quoted\" 'too' </article><script>alert(2)</script> {{value}} ${value}"

@@ -1,4 +1,4 @@
-"""Every command and every Python block of the documents is run, in order, in a copy of the repo.
+"""Every command and every Python block of the documents is run in a copy of the repo, after those whose results it needs.
 
 The README comes first: what it trains is there for the pages of `docs/`. A command that several documents show is run once.
 A new command needs one line in `HOW`. What takes long gets options that make it short; what needs several machines or
@@ -40,12 +40,14 @@ class Run:
         swap: what stands for something else in the document, and what is put in its place.
         says: what it has to print.
         launched: start it through `accelerate launch` itself, not only through its parser.
+        makes: later commands need what it leaves.
     """
 
     add: str = ""
     swap: dict[str, str] = field(default_factory=dict)
     says: str = ""
     launched: bool = False
+    makes: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,21 +111,21 @@ HOW = {
     "make test-majors": Target("tests/test_majors.py"),
     "make check": Target("mypy"),
     "make coverage": Target("--cov"),
-    "make doctor": Target("-m siq_vl.doctor"),
+    "make doctor": Target("-m siq_vl.planning.doctor"),
     ".venv/bin/pre-commit install": Packages("requirements-dev.txt", ("pre-commit",)),
     ".venv/bin/python -m pytest tests/test_resume.py -k killed": Run(
         "--collect-only", swap={".venv/bin/python": "python"}, says="tests/test_resume.py::"
     ),
-    ".venv/bin/python -m siq_vl.doctor --recipe tiny --stage 2": Run(
+    ".venv/bin/python -m siq_vl.planning.doctor --recipe tiny --stage 2": Run(
         swap={".venv/bin/python": "python"}, says="GiB predicted"
     ),
     "python benchmarks/anyres.py --count 300": Run("--count 1", says="all tiles and the thumbnail"),
-    "accelerate launch train_sft.py --stage 1": Run(TINY, launched=True),
-    "accelerate launch train_sft.py --stage 2": Run(TINY),
+    "accelerate launch train_sft.py --stage 1": Run(TINY, launched=True, makes=True),
+    "accelerate launch train_sft.py --stage 2": Run(TINY, makes=True),
     "python generate_traces.py --teacher figures --style structured --count 14720 --output outputs/tiny/traces": Run(
-        "--count 40"
+        "--count 40", makes=True
     ),
-    "accelerate launch train_distill.py": Run(TINY),
+    "accelerate launch train_distill.py": Run(TINY, makes=True),
     "python evaluate_vqa.py --model stage3=outputs/tiny/stage3": Run("--count 5 --max_new_tokens 8"),
     "python evaluate_vqa.py --model tiny=. --shifts --count 300": Run(
         "--count 5 --max_new_tokens 2", says="moved by 6 px"
@@ -143,7 +145,7 @@ HOW = {
     "python train_distill.py --recipe siq-vl-0.5b --config hunyuanocr --dry_run": Run(says="12,469,120"),
     "python train_distill.py --recipe siq-vl-0.5b --dry_run": Run(says="Plan of stage 3"),
     "python generate_traces.py --teacher figures --count 14720 --duplicates none --output outputs/tiny/traces": Run(
-        "--count 40"
+        "--count 40", makes=True
     ),
     "python train_distill.py --config union --emergence_steps 50": Run(
         f"{TINY} --emergence_steps 2 --emergence_count 6"
@@ -154,11 +156,11 @@ HOW = {
         f"python benchmarks/{name}.py": Elsewhere("tests/test_benchmarks.py")
         for name in ("training", "idefics3", "generation", "loader", "memory", "scaling", "fits", "questions")
     },
-    "python -m siq_vl.doctor --recipe siq-vl-0.5b --stage 2 --random_weights true --sources figures": Run(
+    "python -m siq_vl.planning.doctor --recipe siq-vl-0.5b --stage 2 --random_weights true --sources figures": Run(
         says="GiB predicted"
     ),
-    "python -m siq_vl.sizes --language_model Qwen/Qwen2.5-1.5B-Instruct --lora_r 16": Run(says="Qwen2.5-1.5B"),
-    "python generate_traces.py --teacher figures --count 300": Run("--count 12", says="new traces"),
+    "python -m siq_vl.planning.sizes --language_model Qwen/Qwen2.5-1.5B-Instruct --lora_r 16": Run(says="Qwen2.5-1.5B"),
+    "python generate_traces.py --teacher figures --count 300": Run("--count 12", says="new traces", makes=True),
     "python generate_traces.py --teacher transformers --model Qwen/Qwen3-VL-2B-Thinking --questions mine.jsonl": Run(
         swap={"Qwen/Qwen3-VL-2B-Thinking": "."}, add="--trust_remote_code --max_new_tokens 64 --output outputs/local"
     ),
@@ -248,7 +250,7 @@ class Copy:
     """A copy of the repo, with the files that the documents take for granted."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.made = folder, set()
         ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__", ".*_cache", ".hypothesis", "*.log")
         shutil.copytree(REPO_ROOT, folder, ignore=ignored)
         picture = shutil.copy(folder / "docs" / "example.png", folder / "mine.png")
@@ -275,7 +277,9 @@ class Copy:
             process.kill()
         printed = log.read_text(errors="replace")
         # 1 from the doctor says that something would break on this machine, and is an answer.
-        assert process.exitcode == 0 or (process.exitcode == 1 and "siq_vl.doctor" in arguments), printed[-3000:]
+        assert process.exitcode == 0 or (process.exitcode == 1 and "siq_vl.planning.doctor" in arguments), printed[
+            -3000:
+        ]
         return printed
 
 
@@ -349,10 +353,27 @@ def check_elsewhere(command: str, how: Elsewhere) -> None:
     assert (REPO_ROOT / script).is_file() and script.stem in (REPO_ROOT / how.path).read_text()
 
 
+def make_what_is_needed(copy: Copy, step: tuple[str, str]) -> None:
+    """Run the commands before a step whose results others need, as far as their own tests have not run yet."""
+    for earlier in steps():
+        if earlier == step:
+            return
+        how = HOW.get(earlier[1])
+        if isinstance(how, Run) and how.makes:
+            run_once(copy, earlier[1], how)
+
+
+def run_once(copy: Copy, command: str, how: Run) -> None:
+    if command not in copy.made:
+        run_command(copy, command, how)
+        copy.made.add(command)
+
+
 @pytest.mark.parametrize(
     ("language", "text"), steps(), ids=[f"{name}: {' '.join(text.split())[:70]}" for (_, text), name in steps().items()]
 )
 def test_the_readme_runs(copy, language, text):
+    make_what_is_needed(copy, (language, text))
     if language == "python":
         for name, other in PLACES.items():
             text = text.replace(name, other)
@@ -363,7 +384,7 @@ def test_the_readme_runs(copy, language, text):
         case None:
             pytest.fail(f"a document has a command that no test runs; give it a line in HOW of this file: {text}")
         case Run():
-            run_command(copy, text, how)
+            run_once(copy, text, how)
         case Target():
             told = subprocess.run(["make", "-n", *text.split()[1:]], cwd=copy.folder, capture_output=True, text=True)
             assert told.returncode == 0 and how.runs in told.stdout, told.stderr
@@ -408,7 +429,7 @@ def test_no_sentence_is_said_twice():
 
 @pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_inline_commands_exist(document):
-    """Commands in running text name scripts, modules and targets that are there."""
+    """Commands in running text name scripts, modules and targets that are there, and paths in it lead somewhere."""
     targets = set(re.findall(r"^([\w-]+):", (REPO_ROOT / "Makefile").read_text(), re.MULTILINE))
     for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL)):
         if made := re.match(r"make ([\w-]+)", code):
@@ -418,6 +439,8 @@ def test_inline_commands_exist(document):
         if module := re.match(r"python -m (siq_vl[\w.]*)", code):
             path = REPO_ROOT / module.group(1).replace(".", "/")
             assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), code
+        if re.fullmatch(r"(?:siq_vl|pretraining|backbones|recipes|tests|benchmarks|docs)/[\w./-]*", code):
+            assert (REPO_ROOT / code).exists(), code
 
 
 def anchors(document: str) -> set[str]:

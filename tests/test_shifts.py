@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import evaluate_vqa
-from siq_vl.evaluation.figures import held_out_items
+from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.predictions import judge
 from siq_vl.evaluation.shifts import CLEAN, SHIFTS, shifted
 from siq_vl.results import by_name, read_results

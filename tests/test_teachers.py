@@ -21,11 +21,11 @@ from PIL import Image
 from processes import CONTEXT
 
 from siq_vl.distill.budget import Budget
-from siq_vl.distill.page import write_page
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import TraceQuestion, figure_questions
 from siq_vl.distill.selection import Selection, announce, settle
+from siq_vl.distill.store_page import write_page
 from siq_vl.distill.teachers.base import Asked, TeacherLost
 from siq_vl.distill.teachers.local import TransformersTeacher, ready_settings
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher, _read_completion

@@ -16,17 +16,17 @@ from processes import CONTEXT
 
 from siq_vl.distill import card
 from siq_vl.distill.card import push_to_hub, write_card
-from siq_vl.distill.page import gallery, write_page
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import ImagePolicy, Picture, TraceQuestion, figure_questions, file_questions
 from siq_vl.distill.selection import Selection, announce, settle
-from siq_vl.distill.summary import summarize
+from siq_vl.distill.store_page import gallery, write_page
 from siq_vl.distill.teachers.base import Said, Teacher
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.teachers.server import data_url
 from siq_vl.distill.traces import FEATURES, TraceStore, read_traces, trace_id
 from siq_vl.distill.verification import Verification
+from siq_vl.distill.yields import summarize
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 

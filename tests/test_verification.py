@@ -10,12 +10,12 @@ from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import TEMPLATES, Prompts, families
 from siq_vl.distill.questions import TASKS, TraceQuestion, figure_questions
 from siq_vl.distill.selection import Selection, announce, settle
-from siq_vl.distill.summary import precision_and_recall, summarize
 from siq_vl.distill.teachers.base import TeacherLost
 from siq_vl.distill.teachers.oracle import _FAULTS, FiguresTeacher
 from siq_vl.distill.traces import TraceStore, read_traces
 from siq_vl.distill.verification import RULES, Trace, Verification, false_statements, loops, pieces, read
-from siq_vl.evaluation.answers import agrees, final_answer, number_in, parse_trace
+from siq_vl.distill.yields import precision_and_recall, summarize
+from siq_vl.parsing.answers import agrees, final_answer, number_in, parse_trace
 
 
 @pytest.mark.parametrize(
@@ -133,12 +133,18 @@ def test_false_statements_are_found(text):
         "\\boxed{",
         "I can ",
         "-",
+        "*",
+        "* ",
+        "\"'",
+        " ",
     ],
 )
 def test_pathological_texts_are_read_to_their_end(text):
     # With a regular expression that backtracks, any of these takes minutes.
     text *= 20000
     assert parse_trace(text).well_formed is False
+    assert parse_trace(f"<think>a</think><answer>x{text}y</answer>").answer.endswith("y")
+    assert parse_trace(f"x{text}the answer is x{text}y. So{text}").rationale.startswith("x")
     false_statements(text)
     Verification().judge(trace_of(text, finish_reason="length"))
 

@@ -12,11 +12,11 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from siq_vl.data.conversations import Dropped
-from siq_vl.data.features import Pictures
+from siq_vl.data.feature_cache.pictures import Pictures
 from siq_vl.data.figures import rows as figures
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.filters import Duplicates
-from siq_vl.data.reading import DropLog, Reader, Scorer
+from siq_vl.data.preprocessing import DropLog, Reader, Scorer
 from siq_vl.data.scoring import SiglipScorer
 from siq_vl.data.sources import FIGURES, Source, SourceConfig
 from siq_vl.processing_siq_vl import SiQVLProcessor

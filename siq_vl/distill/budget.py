@@ -11,7 +11,8 @@ class Budget:
     """What may be spent in all.
 
     A request reserves what it can cost at most before it is sent, so that many in flight cannot overdraw together; when
-    it is back, what it did cost is spent and the rest is free again.
+    it is back, what it did cost is spent and the rest is free again. Where the teacher does not say what a reply did cost,
+    all that was reserved is spent.
 
     Attributes:
         tokens: most tokens, read and written together; 0: no bound.
@@ -46,10 +47,14 @@ class Budget:
     def _money(self, read: int, written: int) -> float:
         return (read * self.price_in + written * self.price_out) / 1e6
 
+    def _at_most(self, replies: int) -> tuple[int, int]:
+        """Return the tokens that replies can read, by the mean so far, and write."""
+        return replies * (self._read // self._replies if self._replies else 1024), replies * self.max_new_tokens
+
     def _fits(self, more: int) -> bool:
         """Return whether `more` requests fit beside those reserved, each as long as it may be."""
-        read = more * (self._read // self._replies if self._replies else 1024)
-        read, written = self.spent_in + read, self.spent_out + more * self.max_new_tokens
+        read, written = self._at_most(more)
+        read, written = self.spent_in + read, self.spent_out + written
         if self.tokens and read + written > self.tokens:
             return False
         return not self.money or self._money(read, written) <= self.money
@@ -69,17 +74,21 @@ class Budget:
     async def settle(self, said: Said | None) -> None:
         """Spend what a reply cost; None gives a reservation back unused."""
         if said is not None:
-            self.count(said.prompt_tokens, said.completion_tokens)
+            self.count(said.prompt_tokens, said.completion_tokens, text=bool(said.text))
         if self.tokens or self.money:
             async with self._free:
                 self._reserved -= 1
                 self._free.notify_all()
 
-    def count(self, read: int, written: int) -> None:
-        """Spend the tokens of one reply."""
-        self.carry_over(read, written, 1 if read or written else 0)
+    def count(self, read: int, written: int, *, text: bool = False) -> None:
+        """Spend the tokens of one reply; where it has `text`, it must have read and written some."""
+        self.carry_over(read, written, int(read > 0), int(text and not read), int(text and not written))
 
-    def carry_over(self, read: int, written: int, replies: int) -> None:
-        """Take over what earlier runs with the same store have spent."""
-        self.spent_in, self.spent_out = self.spent_in + read, self.spent_out + written
+    def carry_over(self, read: int, written: int, replies: int, unread: int = 0, unwritten: int = 0) -> None:
+        """Take over what earlier runs with the same store have spent, as `TraceStore.spent` gives it."""
         self._replies, self._read = self._replies + replies, self._read + read
+        (supposed_read, _), (_, supposed_written) = self._at_most(unread), self._at_most(unwritten)
+        self.spent_in, self.spent_out = (
+            self.spent_in + read + supposed_read,
+            self.spent_out + written + supposed_written,
+        )

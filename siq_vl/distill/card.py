@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from siq_vl.distill.summary import rows, summarize, tables
 from siq_vl.distill.traces import write_text
+from siq_vl.distill.yields import rows, summarize, tables
 
 _CARD = """\
 ---

@@ -8,12 +8,12 @@ from pathlib import Path
 from siq_vl.data.figures.dataset import SPLITS, STYLES
 from siq_vl.distill.budget import Budget
 from siq_vl.distill.prompts import TEMPLATES, Prompts, families
-from siq_vl.distill.questions import TASKS, ImagePolicy, TraceQuestion, figure_questions, file_questions
+from siq_vl.distill.questions import TASKS, ImagePolicy, LeftOut, TraceQuestion, figure_questions, file_questions
 from siq_vl.distill.selection import KEEP, SCOPES, Selection
 from siq_vl.distill.teachers.base import Teacher
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.verification import RULES, Verification
-from siq_vl.evaluation.answers import MATCHES
+from siq_vl.parsing.answers import MATCHES
 
 TEACHERS = ("figures", "transformers", "openai")
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -121,11 +121,11 @@ def _json_object(text: str) -> dict:
     return value
 
 
-def questions_from(options: argparse.Namespace) -> Iterator[TraceQuestion]:
-    """Return the questions that the options name."""
+def questions_from(options: argparse.Namespace, left_out: LeftOut | None = None) -> Iterator[TraceQuestion]:
+    """Return the questions that the options name; rows of a file that cannot be asked go to `left_out`."""
     if options.questions:
         policy = ImagePolicy(options.image_root or options.questions.parent, options.allow_remote)
-        return file_questions(options.questions, policy, task=options.task, limit=options.count)
+        return file_questions(options.questions, policy, task=options.task, limit=options.count, left_out=left_out)
     return figure_questions(options.count, split=options.split, seed=options.figures_seed)
 
 

@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tqdm.auto import tqdm
 
@@ -16,10 +16,13 @@ from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import Picture, TraceQuestion
 from siq_vl.distill.selection import verdict_columns
 from siq_vl.distill.teachers.base import Asked, Said, Teacher
-from siq_vl.distill.traces import TraceStore, trace_id
+from siq_vl.distill.traces import TraceStore, storable, trace_id
 from siq_vl.distill.verification import Trace, Verification, read
 
 logger = logging.getLogger(__name__)
+
+
+_FAILURES = 1000
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Progress:
     skipped: int = 0
     rejected: Counter = field(default_factory=Counter)
     failed: int = 0
+    failures: Counter = field(default_factory=Counter)  # by how their errors begin; `_FAILURES` kinds at most
     ended: str = "done"  # or "budget" or "interrupted"
 
 
@@ -143,7 +147,7 @@ class Run:
     async def _work(self, jobs: Iterator[Job]) -> None:
         try:
             while not self._stop and (batch := self._take(jobs)):
-                asked = [one for one in (self._prepare(job) for job in batch) if one is not None]
+                asked = [one for job in batch if (one := await self._prepare(job)) is not None]
                 if asked and not await self._ask([job for job, _ in asked], [request for _, request in asked]):
                     return
                 await asyncio.sleep(0)
@@ -159,14 +163,19 @@ class Run:
                 break
         return batch
 
-    def _prepare(self, job: Job) -> tuple[Job, Asked] | None:
-        """Open the pictures and write the prompt; a picture that cannot be opened ends the job without a teacher."""
+    async def _prepare(self, job: Job) -> tuple[Job, Asked] | None:
+        """Open the pictures and write the prompt; where that cannot be done, the job ends without a teacher."""
+        question, part = job.question, "picture"
         try:
-            pictures = job.question.pictures()
+            # A picture from elsewhere must not keep the requests under way from their answers.
+            pictures = await asyncio.to_thread(question.pictures) if question.remote else question.pictures()
+            part = "prompt"
+            prompt = self._prompts.render(question)
         except ValueError as error:
-            self._keep(job, [], Said("", "", attempts=0, error=f"picture: {error}"))
+            where = f" of {question.origin}" if question.origin else ""
+            self._keep(job, [], Said("", "", attempts=0, error=f"{part}{where}: {error}"))
             return None
-        return job, Asked(job.question, pictures, self._prompts.render(job.question), job.repeat)
+        return job, Asked(question, pictures, prompt, job.repeat)
 
     async def _ask(self, jobs: list[Job], asked: list[Asked]) -> bool:
         """Ask one batch and keep the answers; return False once the budget has no room for another request."""
@@ -188,6 +197,9 @@ class Run:
 
     def _keep(self, job: Job, pictures: list[Picture], said: Said) -> None:
         question = job.question
+        said = replace(
+            said, text=storable(said.text), finish_reason=storable(said.finish_reason), error=storable(said.error)
+        )
         parsed, tokens = read(said.text)
         trace = Trace(
             question.question,
@@ -220,28 +232,26 @@ class Run:
                 "hinted": self._prompts.hint,
                 "sampling": self._sampling,
                 "repeat": job.repeat,
-                "output": _clean(said.text),
+                "output": said.text,
                 "finish_reason": said.finish_reason,
-                "error": _clean(said.error),
+                "error": said.error,
                 "prompt_tokens": said.prompt_tokens,
                 "completion_tokens": said.completion_tokens,
                 "seconds": said.seconds,
                 "attempts": said.attempts,
                 "injected": said.injected,
-                **{name: _clean(value) if isinstance(value, str) else value for name, value in judged.items()},
+                **judged,
             }
         )
         self.progress.made += 1
-        self.progress.failed += bool(said.error)
+        if said.error:
+            self.progress.failed += 1
+            if len(self.progress.failures) < _FAILURES:
+                self.progress.failures[said.error[:80]] += 1
         self.progress.rejected.update(judged["rejected_by"])
         self._bar.update()
         if self.progress.made % 64 == 0:
             self._bar.set_postfix(rejected=sum(self.progress.rejected.values()), failed=self.progress.failed)
-
-
-def _clean(text: str) -> str:
-    """Return text that every file format takes: lone surrogates, which models' bytes can decode to, replaced."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from siq_vl.distill.questions import TASKS, TraceQuestion
 
@@ -56,13 +56,17 @@ class Prompts:
         """Return the user turn for a question, the pictures left out.
 
         Raises:
-            ValueError: a hint is asked for and the question has no gold answer.
+            ValueError: a hint is asked for and the question has no gold answer, or it has more choices than letters.
         """
         if self.hint and not question.golds:
             raise ValueError(f"question {question.id} has no gold answer to give as a hint: leave --hint out")
-        return self._rendered(
-            question.task, question.question, question.choices, question.golds[0] if self.hint else ""
-        )
+        hint = question.golds[0] if self.hint else ""
+        try:
+            return self._rendered(question.task, question.question, question.choices, hint)
+        except UndefinedError as error:
+            raise ValueError(
+                f"question {question.id} does not fit the template {self.family}/{question.task}.jinja ({error})"
+            ) from error
 
     def _rendered(self, task: str, question: str, choices: tuple[str, ...], hint: str) -> str:
         return self._templates[task].render(

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from siq_vl.distill.traces import FEATURES, JUDGED, TraceStore
 from siq_vl.distill.verification import Trace, Verification, pieces, read
-from siq_vl.evaluation.answers import agrees, number_in, plain_answer
+from siq_vl.parsing.answers import agrees, number_in, plain_answer
 
 SELECTING = ("agreement", "duplicate", "not_best")
 SCOPES = ("question", "all", "none")

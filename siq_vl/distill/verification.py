@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
-from siq_vl.evaluation.answers import MATCHES, Parsed, agrees, final_answer, number_in, parse_trace
-from siq_vl.evaluation.arithmetic import agrees_with_result, false_statements, results_of
-from siq_vl.evaluation.texts import languages, loops, other_language, pieces
+from siq_vl.parsing.answers import MATCHES, Parsed, agrees, final_answer, number_in, parse_trace
+from siq_vl.parsing.arithmetic import agrees_with_result, false_statements, results_of
+from siq_vl.parsing.texts import languages, loops, other_language, pieces
 
 _TAG = re.compile(r"</?(?:think|answer)>")
 _REFUSAL = re.compile(

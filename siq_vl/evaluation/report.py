@@ -8,9 +8,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from siq_vl.data.conversations import Dropped
+from siq_vl.evaluation.items import Item
 from siq_vl.evaluation.predictions import Prediction
-from siq_vl.evaluation.questions import Item
-from siq_vl.evaluation.summary import Summary, summarize, table3
+from siq_vl.evaluation.scores import Summary, summarize, table3
 from siq_vl.evaluation.tables import accuracy_table, ordinary, table_cells, type_table
 from siq_vl.html import image_data_url, render
 from siq_vl.plots import inline, length_plot, loss_plot, running_accuracy_plot

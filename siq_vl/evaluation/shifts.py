@@ -9,8 +9,8 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
+from siq_vl.evaluation.items import Item
 from siq_vl.evaluation.predictions import Prediction
-from siq_vl.evaluation.questions import Item
 from siq_vl.evaluation.tables import accuracy_cell, markdown
 
 CLEAN = "as drawn"

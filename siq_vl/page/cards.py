@@ -5,7 +5,7 @@ from PIL import Image
 
 from siq_vl.html import image_data_url, render
 from siq_vl.page.attention import AttentionMap
-from siq_vl.page.reading import Part, take_apart
+from siq_vl.page.parts import Part, take_apart
 from siq_vl.page.streaming import Output
 
 _SHOWN = 640  # pixels: longer pictures are scaled down for the card

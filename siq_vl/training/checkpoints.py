@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from siq_vl.data.mixtures import MixtureReport
-from siq_vl.distill.rows import store_state
+from siq_vl.distill.training_rows import store_state
 from siq_vl.hub import BEFORE_AFTER_FILE, CURVE_FILE, EMERGENCE_FIGURE, SCORES_FILE, model_card
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.plots import learning_curve_plot
@@ -156,6 +156,7 @@ def _settings(
         "stage": recipe.stage,
         "recipe": recipe.name,
         "config": recipe.config or None,
+        "decoder": trainer.model.config.text_config.model_type,
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
         "effective_batch_size": samples_a_step(recipe),

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from siq_vl.data.features import Picture, Pictures, with_pictures
-from siq_vl.data.features_store import DTYPES, FeatureStore, FeatureWriter, Layout
+from siq_vl.data.feature_cache.pictures import Picture, Pictures, with_pictures
+from siq_vl.data.feature_cache.store import DTYPES, FeatureStore, FeatureWriter, Layout
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 

@@ -10,9 +10,10 @@ _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _WELL_FORMED = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+# Runs of white space and marks are bounded here, or begin where no such run does: a text of them is read through once.
 _MARKER = re.compile(
-    r"(?:^|(?<=[.!?:;,\n*])|(?<=\bso)|(?<=\bthus)|(?<=\bhence)|(?<=\btherefore))[\s*#_]*"
-    r"(?:(?:the\s+)?(?:(?:final\s+|correct\s+|short\s+|right\s+|best\s+)?answer|(?:correct|right|best)\s+(?:option|choice))(?:\s+to\s+[^.:\n]{1,60})?[\s*_]*(?:\bis\b|:|=)|answer\s*[*_]*\n)"
+    r"(?:^|(?<=[.!?:;,\n*])|(?<=\bso)|(?<=\bthus)|(?<=\bhence)|(?<=\btherefore))[\s*#_]{0,40}+"
+    r"(?:(?:the\s+)?(?:(?:final\s+|correct\s+|short\s+|right\s+|best\s+)?answer|(?:correct|right|best)\s+(?:option|choice))(?:\s+to\s+[^.:\n]{1,60})?[\s*_]{0,40}+(?:\bis\b|:|=)|answer\s*[*_]*\n)"
     r"[\s*:_]*",
     re.IGNORECASE,
 )
@@ -134,9 +135,9 @@ def _final(text: str) -> tuple[str, str]:
     if marked is None:
         return text, ""
     # A sentence ends the answer, a decimal point does not.
-    said = re.split(r"[.!?](?:\s+(?=[A-Z])|\s*$)|,?\s+(?:because|since|as)\s", said, maxsplit=1)[0]
+    said = re.split(r"[.!?](?:\s+(?=[A-Z])|\s*$)|(?:,|(?<![\s,]))\s+(?:because|since|as)\s", said, maxsplit=1)[0]
     before = re.sub(
-        r"(?:^|(?<=[.\n]))\s*(?:so|thus|hence|therefore)[\s,:]*$", "", text[: marked.start()], flags=re.IGNORECASE
+        r"(?:^|(?<=[.\n]))\s{0,40}+(?:so|thus|hence|therefore)[\s,:]*$", "", text[: marked.start()], flags=re.IGNORECASE
     )
     return before.strip(), plain_answer(said)
 
@@ -161,9 +162,9 @@ def plain_answer(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text).replace("\\%", "%").replace("\\$", "$")
     text = re.sub(r"^\$([^$]*)\$$", r"\1", text.strip())
-    text = re.sub(r"^[\s*_`\"'“”‘’]+|[\s*_`\"'“”‘’]+$", "", text)
-    text = re.sub(r"^\\[(\[]\s*|\s*\\[)\]]$", "", text)
-    return re.sub(r"^[*_`\"'“”]+|[*_`\"'“”]+$", "", text.removesuffix(".").strip()).strip()
+    text = re.sub(r"^[\s*_`\"'“”‘’]+|(?<![\s*_`\"'“”‘’])[\s*_`\"'“”‘’]+$", "", text)
+    text = re.sub(r"(?<!\s)\s*\\[)\]]$", "", re.sub(r"^\\[(\[]\s*", "", text))
+    return re.sub(r"^[*_`\"'“”]+|(?<![*_`\"'“”])[*_`\"'“”]+$", "", text.removesuffix(".").strip()).strip()
 
 
 def number_in(text: str) -> tuple[float, str] | None:

@@ -13,12 +13,11 @@ from siq_vl.data.collation import IGNORED, ConversationCollator
 from siq_vl.data.mixtures import Mixture, build_mixture
 from siq_vl.data.packing import fill, padding_share
 from siq_vl.data.sources import FIGURES
-from siq_vl.distill.rows import TrainingTraces
+from siq_vl.distill.training_rows import TrainingTraces
+from siq_vl.planning.sizes import Memory, Sizes, count, memory_table, size_table, training_memory
 from siq_vl.processing_siq_vl import SiQVLProcessor
-from siq_vl.sizes import Memory, Sizes, count, memory_table, size_table, training_memory
 from siq_vl.training.backbones import planned_config, stand_in_processor
 from siq_vl.training.checkpoints import samples_a_step
-from siq_vl.training.features import feature_plan
 from siq_vl.training.recipes import (
     RECIPES,
     REPO_ROOT,
@@ -30,6 +29,7 @@ from siq_vl.training.recipes import (
     starting_checkpoint,
 )
 from siq_vl.training.run import rows_needed, traces_for_stage
+from siq_vl.training.stored_features import feature_plan
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def plan(recipe: Recipe, task: str) -> str:
 def predicted_memory(
     recipe: Recipe, config: SiQVLConfig, sizes: Sizes, batch_size: int, length: int, supervised: int | None = None
 ) -> Memory:
-    """Return the estimate of `siq_vl.sizes`, with the frozen weights in the type that the recipe holds them in.
+    """Return the estimate of `siq_vl.planning.sizes`, with the frozen weights in the type that the recipe holds them in.
 
     Args:
         recipe: what would be run.

@@ -1,9 +1,9 @@
 """
 What a machine has, and whether a stage of a recipe fits it; where it does not, which change makes it fit.
 
-    python -m siq_vl.doctor                                     # or: make doctor
-    python -m siq_vl.doctor --recipe siq-vl-0.5b --stage 2
-    python -m siq_vl.doctor --recipe siq-vl-0.5b --stage 2 --load_in_4bit true
+    python -m siq_vl.planning.doctor                                     # or: make doctor
+    python -m siq_vl.planning.doctor --recipe siq-vl-0.5b --stage 2
+    python -m siq_vl.planning.doctor --recipe siq-vl-0.5b --stage 2 --load_in_4bit true
 
 The stage is 1 unless said otherwise, and any field of the recipe can be overridden, as for the training scripts.
 Nothing is trained, downloaded or written. Exit status 1 says that something would break; each such line carries a fix.
@@ -31,7 +31,7 @@ from siq_vl import cli
 if TYPE_CHECKING:  # whether these can be imported is one of the questions
     from siq_vl.training.recipes import Recipe
 
-REPO_ROOT = Path(__file__).resolve().parents[1]
+REPO_ROOT = Path(__file__).resolve().parents[2]
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 GIB = 2**30
 TASKS = {"1": "caption", "2": "answer", "3": "reason"}
@@ -269,9 +269,9 @@ def parse(stage: str, name: str, overrides: list[str]) -> "Recipe":
 
 def memory_of(recipe: "Recipe") -> Callable[["Recipe"], int]:
     """Return a function from a recipe to its predicted bytes; model and longest row are looked at once."""
-    from siq_vl.sizes import count
+    from siq_vl.planning.plan import longest_row, predicted_memory
+    from siq_vl.planning.sizes import count
     from siq_vl.training.backbones import planned_config
-    from siq_vl.training.plan import longest_row, predicted_memory
 
     config, _ = planned_config(recipe)
     sizes = count(config, recipe.stage, recipe.adapter)
@@ -337,7 +337,7 @@ def check_memory(stage: str, name: str, overrides: list[str], free: int, place: 
 
 def check_disk(recipe: "Recipe") -> Finding:
     """Hold what the stage writes against the free space: float32 weights, and the trainer's own checkpoints."""
-    from siq_vl.sizes import count
+    from siq_vl.planning.sizes import count
     from siq_vl.training.backbones import planned_config
 
     config, _ = planned_config(recipe)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from siq_vl.data.figures.dataset import DOMAINS, rationale, sample
 from siq_vl.data.figures.rows import user_turn
-from siq_vl.evaluation.questions import Item
+from siq_vl.evaluation.items import Item
 
 EVALUATION_SEED = 0
 # The ordinary test split; combinations never trained on; axis reading and sums of three or more terms, reported only.

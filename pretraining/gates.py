@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from siq_vl.data.figures import dataset as figures
 from siq_vl.data.figures.figure import Question
-from siq_vl.evaluation.answers import matches, parse
+from siq_vl.parsing.answers import matches, parse
 from siq_vl.pretraining.text import STEP_BY_STEP
 
 # Question types held against the floors below: single look-ups, and sums of two terms reasoned step by step.

@@ -1,8 +1,8 @@
 """
 One figure and one table of how reasoning emerged in one run or several, from what training wrote at intervals.
 
-    python -m siq_vl.evaluation.emergence outputs/tiny/stage3 --output emergence.svg
-    python -m siq_vl.evaluation.emergence structured=outputs/structured terse=outputs/terse --output emergence.svg
+    python -m siq_vl.evaluation.emergence_figure outputs/tiny/stage3 --output emergence.svg
+    python -m siq_vl.evaluation.emergence_figure structured=outputs/structured terse=outputs/terse --output emergence.svg
 
 A run is the output folder of `train_distill.py --emergence_steps 50`. Its name is the folder's unless one is given.
 """

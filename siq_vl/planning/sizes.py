@@ -1,9 +1,9 @@
 """
 Parameters and training memory of a model, from configurations alone: nothing is downloaded, no weight is allocated.
 
-    python -m siq_vl.sizes                                                    # the report's model, stage 2
-    python -m siq_vl.sizes --language_model Qwen/Qwen2.5-1.5B-Instruct --lora_r 16
-    python -m siq_vl.sizes --recipe tiny --stage 1 --length 256
+    python -m siq_vl.planning.sizes                                                    # the report's model, stage 2
+    python -m siq_vl.planning.sizes --language_model Qwen/Qwen2.5-1.5B-Instruct --lora_r 16
+    python -m siq_vl.planning.sizes --recipe tiny --stage 1 --length 256
 
 `--recipe` takes backbones, rank, batch size, precision and checkpointing from one stage of a recipe; every option given
 beside it wins. The memory is the peak of one device's tensors, with pixels and a frozen tower: it leaves out what the

@@ -10,9 +10,9 @@ from PIL import Image
 from siq_vl.data.conversations import Dropped, text_of
 from siq_vl.data.fields import as_items
 from siq_vl.data.images import decode_image
-from siq_vl.data.reading import DropLog, Reader
+from siq_vl.data.preprocessing import DropLog, Reader
 from siq_vl.data.sources import Source
-from siq_vl.evaluation.answers import parse
+from siq_vl.parsing.answers import parse
 
 # The metric that a format's published evaluation uses; others compare words and numbers.
 METRIC_OF_FORMAT = {"chartqa": "relaxed", "scienceqa": "choice", "textvqa": "vqa"}

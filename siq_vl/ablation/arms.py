@@ -7,7 +7,7 @@ from zlib import crc32
 
 import yaml
 
-from siq_vl.jobs import Job
+from siq_vl.ablation.jobs import Job
 
 WEIGHTS = "model.safetensors"
 START = "start"  # what the arm without training is called among seeds

@@ -1,7 +1,7 @@
 """
 Write drawn questions as a Parquet file, the data of the task `siq_vl_figures`.
 
-    python -m siq_vl.evaluation.lmms.figures outputs/lmms/figures.parquet --count 100
+    python -m siq_vl.evaluation.lmms.task_data outputs/lmms/figures.parquet --count 100
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, Value
 
 from siq_vl import cli
-from siq_vl.evaluation.figures import held_out_items
+from siq_vl.evaluation.held_out import held_out_items
 
 
 def main() -> None:

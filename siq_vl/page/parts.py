@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from siq_vl.evaluation.answers import TAGS, parse
+from siq_vl.parsing.answers import TAGS, parse
 
 _STEP = re.compile(r"(?<=[.!?])\s+|\n+")
 _CLAUSE = re.compile(r"(?<=[,;:])\s+")

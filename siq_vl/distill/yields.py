@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 
 from siq_vl.distill.selection import SELECTING
 from siq_vl.distill.verification import RULES
-from siq_vl.evaluation.answers import agrees
 from siq_vl.evaluation.intervals import wilson
 from siq_vl.evaluation.tables import markdown
+from siq_vl.parsing.answers import agrees
 
 ALL_RULES = ("teacher_error", *RULES, *SELECTING)
 LENGTH_BINS = (0, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

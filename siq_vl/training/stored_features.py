@@ -9,8 +9,8 @@ from pyarrow.types import is_integer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
-from siq_vl.data.features_build import FeaturesTooLarge, cached_rows, share_stored, store_of
-from siq_vl.data.features_store import Layout
+from siq_vl.data.feature_cache.build import FeaturesTooLarge, cached_rows, share_stored, store_of
+from siq_vl.data.feature_cache.store import Layout
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.checkpoints import samples_a_step

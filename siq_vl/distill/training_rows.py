@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from siq_vl.data.conversations import Conversation, Dropped, check, check_text, message, well_formed
-from siq_vl.data.features import Pictures
+from siq_vl.data.feature_cache.pictures import Pictures
 from siq_vl.data.fields import Unreadable, as_items, as_text, bad_row, kind, parse_row, plain_rows, texts_of
 from siq_vl.data.fields import field as column
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.figures.rows import reasoned
 from siq_vl.data.mixtures import MixtureReport, SourceCount
-from siq_vl.data.reading import DropLog, Reader
+from siq_vl.data.preprocessing import DropLog, Reader
 from siq_vl.data.sources import SourceConfig
 from siq_vl.distill.traces import read_traces
 from siq_vl.processing_siq_vl import SiQVLProcessor

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from siq_vl.data.features_store import FeatureStore
+from siq_vl.data.feature_cache.store import FeatureStore
 from siq_vl.data.images import read_encoded
 from siq_vl.processing_siq_vl import IMAGE_TOKEN, SiQVLProcessor, load_rgb
 
