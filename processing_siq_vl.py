@@ -787,7 +787,8 @@ def _described(kwargs: dict[str, Any]) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    """What an error says, or its kind where it says nothing."""
+    return " ".join((str(error) or type(error).__name__).split())[:400]
 
 
 def _flatten_images(images: Any) -> tuple[list, Optional[list[int]]]:
