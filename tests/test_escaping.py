@@ -70,6 +70,7 @@ def test_report(tmp_path):
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     names = "question type gold rationale answer fault detail id model note heading table stage domain"
     check(text, *names.split())
+    assert {"svg", "table", "img", "pre", "option"} <= Found(text).elements  # what is meant as one is one
 
 
 def test_page_of_traces(tmp_path, monkeypatch):
