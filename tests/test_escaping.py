@@ -113,6 +113,14 @@ def test_figures_and_curves():
     check(emergence_plot({hostile("run"): [entry]}), "run")
 
 
+@pytest.mark.parametrize("name", [r"a$\bad{$b", "$x_1$ and $y$", r"\$5 {"])
+def test_names_with_dollar_signs_are_no_formulas(name):
+    found = {"accuracy": ratio_of_totals(np.array([[0.0, 1.0]]))}
+    drawn = running_accuracy_plot({name: [0.5]}), learning_curve_plot({"loss": [(1, 2.0)]}, name)
+    for svg in (*drawn, ablations.plot({name: ablations.Result("", 0, [], found)})):
+        assert name in Found(svg).texts
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_answer_cards(finished):
     text = f"<think>{hostile('reasoning')}.</think><answer>{hostile('answer')}</answer>"
