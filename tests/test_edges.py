@@ -3,18 +3,24 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from test_remote import OK, serve  # noqa: F401 - a fixture
 
 from siq_vl.data import packing, remote
-from siq_vl.data.conversations import message
+from siq_vl.data.conversations import Dropped, message
 from siq_vl.data.feature_cache import build
 from siq_vl.data.feature_cache.build import FeatureArguments, FeaturesTooLarge, cached_rows, store_of
+from siq_vl.data.figures.dataset import sample
 from siq_vl.data.packing import PackingCollator
+from siq_vl.data.preprocessing import DropLog
 from siq_vl.data.remote import download_image, is_public
+from siq_vl.distill.training_rows import Descriptions
 from siq_vl.distill.verification import Trace, Verification, read
+from siq_vl.processing_siq_vl import SiQVLProcessor, load_rgb
 
 # Addresses
 
@@ -171,3 +177,95 @@ def test_a_script_that_the_question_quotes_is_not_foreign():
     said = traced("the sign says 出口", "exit")
     assert verdict(said, language="en") == ["language"]
     assert verdict(said, ("出口", "exit"), language="en") == []
+
+
+def test_a_caption_of_a_drawn_figure_is_for_its_own_question(tmp_path):
+    descriptions = Descriptions(tmp_path, DropLog(1.0))
+    drawn = sample("train", 0, seed=0, domain="scenes")
+    row = {"sample_id": "train/0/scenes/0", "question": drawn.question.text}
+    assert descriptions.of(row) == drawn.figure.caption
+    with pytest.raises(Dropped, match="neither caption nor OCR text"):
+        descriptions.of({**row, "question": "Is it another one?"})
+
+
+# Images
+
+
+def test_transparent_pixels_become_white_whatever_says_so():
+    keyed = Image.new("RGB", (2, 1), (255, 0, 0))
+    keyed.putpixel((1, 0), (0, 0, 9))
+    keyed.info["transparency"] = (255, 0, 0)
+    for image, wanted in ((keyed, [(255, 255, 255), (0, 0, 9)]), (Image.new("RGBA", (1, 1)), [(255, 255, 255)])):
+        assert list(load_rgb(image).getdata()) == wanted
+
+
+def test_16_bits_are_rounded_and_what_is_infinite_is_refused():
+    values = np.array([[0, 128, 129, 257 * 7 + 200, 65535]], np.uint16)
+    assert np.asarray(load_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 1, 8, 255]
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            load_rgb(Image.fromarray(np.array([[0.5, bad]], np.float32)))
+
+
+def test_a_tensor_that_could_be_both_has_its_channels_first():
+    assert load_rgb(torch.zeros(3, 5, 3)).shape == (5, 3, 3) and load_rgb(np.zeros((3, 5, 3))).shape == (3, 5, 3)
+
+
+def test_what_is_no_base64_is_not_decoded():
+    with pytest.raises(ValueError, match="no URL, no file and no base64 text"):
+        load_rgb("a name of no file!")
+
+
+# The processor
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"max_length": True}, "max_length is True"),
+        ({"pad_to_multiple_of": True}, "pad_to_multiple_of is True"),
+        ({"image_std": 0}, "image_std is 0"),
+        ({"image_std": [1.0, 0.0, 1.0]}, "image_std is"),
+        ({"size": {"height": 1 << 20, "width": 1 << 20}}, "may have at most"),
+    ],
+)
+def test_keywords_without_meaning_are_named(keywords, message, processor, make_image):
+    with pytest.raises(ValueError, match=message):
+        processor(images=[make_image()], text=["<|image_pad|>"], **keywords)
+
+
+@pytest.mark.parametrize("half", ["\ud800", "\ud805", "\udbff", "\udfff"])
+def test_half_a_character_is_refused(half, processor):
+    with pytest.raises(ValueError, match="half a character"):
+        processor(text=[f"a{half}"])
+
+
+def test_a_message_needs_a_role(processor):
+    for message_ in ({"content": "a"}, {"role": None, "content": "a"}, {"role": 1, "content": "a"}):
+        with pytest.raises(ValueError, match="a dict with a role"):
+            processor.apply_chat_template([message_])
+
+
+def test_sizes_are_height_and_width_and_what_is_not_resized_is_not_cut(processor):
+    processor.max_tiles = 4
+    assert processor._tile_size({"size": {"height": 32, "width": 64}}) == (32, 64)
+    assert [processor._max_tiles(each) for each in ({}, {"do_resize": True}, {"do_resize": False})] == [4, 4, 1]
+
+
+def test_what_a_tokenizer_puts_around_a_text():
+    def beginning(before: list[int], after: list[int]) -> list[int]:
+        tokenizer = lambda text, add_special_tokens=True: {  # noqa: E731
+            "input_ids": [*before, 7, *after] if add_special_tokens else [7]
+        }
+        return SiQVLProcessor.beginning_ids.fget(SimpleNamespace(tokenizer=tokenizer))
+
+    assert beginning([], []) == [] and beginning([1, 2], []) == [1, 2]
+    for before, after in (([], [3]), ([1], [3])):
+        with pytest.raises(ValueError, match="adds at the end would close"):
+            beginning(before, after)
+
+
+def test_a_tokenizer_without_a_pad_token_makes_no_processor(processor):
+    processor.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no pad token"):
+        SiQVLProcessor(processor.image_processor, processor.tokenizer)
