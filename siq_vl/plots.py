@@ -251,7 +251,11 @@ def _colour(place: int) -> str:
 def _svg(figure: "Figure") -> str:
     """Return the figure as an SVG element, with no prolog and no date."""
     import matplotlib
+    from matplotlib.text import Text
 
+    # A name with dollar signs is a name, no formula.
+    for label in figure.findobj(Text):
+        label.set_parse_math(False)
     text = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

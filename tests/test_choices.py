@@ -153,7 +153,7 @@ def test_a_store_adds_up(tmp_path):
     line = cost_table(found).splitlines()[-1]
     assert [cell.strip() for cell in line.strip("|").split("|")] == ["scripted", "15", "3", "0", "0.33"]
     with TraceStore(tmp_path) as store:
-        assert store.spent("scripted")[:3] == (15, 3, 2) and store.spent("other")[:3] == (0, 0, 0)
+        assert store.spent("scripted") == (15, 3, 2, 3, 4) and store.spent("other") == (0, 0, 0, 3, 3)
         ids = len(store.trace_ids())
         assert store.drop_failed() == 1 and len(store.trace_ids()) == ids - 1
     assert not any(read_traces(tmp_path, kept=False)["error"])

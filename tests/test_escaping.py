@@ -12,15 +12,14 @@ from PIL import Image
 from siq_vl.ablation import results as ablations
 from siq_vl.distill import store_page as traces_page
 from siq_vl.distill.yields import Summary, TeacherSummary
-from siq_vl.evaluation import plots
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.report import write_report
 from siq_vl.evaluation.seeds import ratio_of_totals
 from siq_vl.page.cards import card, empty_card
 from siq_vl.page.streaming import Output
+from siq_vl.plots import emergence_plot, learning_curve_plot, length_plot, running_accuracy_plot
 from siq_vl.training.callbacks import Sample, samples_page
-from siq_vl.training.curves import learning_curve_svg
 
 
 def hostile(name: str) -> str:
@@ -71,6 +70,7 @@ def test_report(tmp_path):
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     names = "question type gold rationale answer fault detail id model note heading table stage domain"
     check(text, *names.split())
+    assert {"svg", "table", "img", "pre", "option"} <= Found(text).elements  # what is meant as one is one
 
 
 def test_page_of_traces(tmp_path, monkeypatch):
@@ -87,7 +87,7 @@ def test_page_of_traces(tmp_path, monkeypatch):
     assert "hinted" in page
     for shown in ("output", "error"):
         row |= {"rationale": "", "output": row["output"] if shown == "output" else ""}
-        check(traces_page._card(row), shown)
+        check(traces_page.write_page(tmp_path, tmp_path / "page.html").read_text(encoding="utf-8"), shown)
 
 
 def test_samples_while_training():
@@ -102,14 +102,23 @@ def test_samples_while_training():
 
 
 def test_figures_and_curves():
-    check(learning_curve_svg({hostile("source"): [(1, 2.0), (2, 1.0)]}, hostile("title")), "title")
-    drawn = learning_curve_svg({hostile("source"): [(1, 2.0), (2, 1.0)]}, "title")
+    check(learning_curve_plot({hostile("source"): [(1, 2.0), (2, 1.0)]}, hostile("title")), "title")
+    drawn = learning_curve_plot({hostile("source"): [(1, 2.0), (2, 1.0)]}, "title")
     assert f"{hostile('source')} 1.000" in Found(drawn).texts
-    check(plots.running_accuracy_plot({hostile("model"): [0.5]}), "model")
+    check(running_accuracy_plot({hostile("model"): [0.5]}), "model")
+    check(length_plot({hostile("model"): [3, 4]}), "model")
     found = {"accuracy": ratio_of_totals(np.array([[0.0, 1.0]]))}
-    check(ablations.figure({hostile("arm"): ablations.Result("", 0, [], found)}), "arm")
+    check(ablations.plot({hostile("arm"): ablations.Result("", 0, [], found)}), "arm")
     entry = dict.fromkeys(("step", "well_formed", "length", "teacher_length", "structure", "accuracy"), 1.0)
-    check(plots.emergence_plot({hostile("run"): [entry]}), "run")
+    check(emergence_plot({hostile("run"): [entry]}), "run")
+
+
+@pytest.mark.parametrize("name", [r"a$\bad{$b", "$x_1$ and $y$", r"\$5 {"])
+def test_names_with_dollar_signs_are_no_formulas(name):
+    found = {"accuracy": ratio_of_totals(np.array([[0.0, 1.0]]))}
+    drawn = running_accuracy_plot({name: [0.5]}), learning_curve_plot({"loss": [(1, 2.0)]}, name)
+    for svg in (*drawn, ablations.plot({name: ablations.Result("", 0, [], found)})):
+        assert name in Found(svg).texts
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from svg import points_in
 
 from siq_vl.loading import load_checkpoint
+from siq_vl.plots import COLOURS, learning_curve_plot
 from siq_vl.training import checkpoints, run
-from siq_vl.training.curves import curves_of, learning_curve_svg
 from siq_vl.training.recipes import arrange_batches, keep_effective_batch, parse_recipe
 from siq_vl.training.starting_model import load_for_stage
 from siq_vl.training.stored_features import times_read
@@ -67,7 +68,8 @@ def test_a_run_goes_on_with_the_same_settings_alone(recipe):
 def test_a_finished_stage_says_how_fast_it_was_and_what_came_of_it(recipe):
     history = [{"loss": 3.0, "step": 1}, {"loss": 1.5, "step": 10, "num_tokens": 500.0}, {"eval_loss": 9.0}]
     state = SimpleNamespace(log_history=history, global_step=10, best_model_checkpoint=None)
-    done = SimpleNamespace(state=state, args=SimpleNamespace(load_best_model_at_end=False))
+    model = SimpleNamespace(config=SimpleNamespace(text_config=SimpleNamespace(model_type="qwen2")))
+    done = SimpleNamespace(state=state, args=SimpleNamespace(load_best_model_at_end=False), model=model)
     made = checkpoints._settings(done, recipe, 5.0, None, None, None)
     samples = checkpoints.samples_a_step(recipe)
     assert made["final_loss"] == 1.5 and made["steps"] == 10 and made["effective_batch_size"] == samples
@@ -113,11 +115,10 @@ def test_what_is_held_out_is_not_trained_on():
 
 def test_curves_fall_where_losses_do():
     history = [{"loss": 2.0, "loss/a": 3.0, "step": 1, "grad_norm": 9.0}, {"loss": 1.0, "loss/a": 0.5, "step": 5}]
-    curves = curves_of([*history, {"eval_loss": 1.0, "step": 5}])
+    curves = checkpoints.loss_curves([*history, {"eval_loss": 1.0, "step": 5}])
     assert curves == {"loss": [(1, 2.0), (5, 1.0)], "loss/a": [(1, 3.0), (5, 0.5)]}
-    drawn = learning_curve_svg(curves, "title")
-    lines = [line.split("'")[0].split() for line in drawn.split("<polyline points='")[1:]]
-    (of_a, whole) = ([tuple(map(float, point.split(","))) for point in line] for line in lines)
+    drawn = learning_curve_plot(curves, "title")
+    whole, of_a = points_in(drawn, COLOURS[0]), points_in(drawn, COLOURS[1])
     assert whole[1][1] > whole[0][1] and of_a[0][1] < whole[0][1]  # down is up in an SVG
     assert whole[0][0] == of_a[0][0] < whole[1][0]
     assert ">loss 1.000<" in drawn and ">loss/a 0.500<" in drawn

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import REPO_ROOT
 from scipy import stats
+from svg import points_in
 
 from siq_vl.ablation import results as ablations
 from siq_vl.ablation.arms import Arm, Plan, jobs_of, read_plan
-from siq_vl.evaluation import generation, plots, report, tables
+from siq_vl.evaluation import generation, report, tables
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.intervals import mcnemar, paired_bootstrap, paired_difference, wilson
@@ -20,6 +21,7 @@ from siq_vl.evaluation.scores import before_after, summarize, table3
 from siq_vl.evaluation.seeds import Estimate, ratio_of_totals
 from siq_vl.parsing.answers import is_correct, number_in
 from siq_vl.parsing.arithmetic import false_statements
+from siq_vl.plots import COLOURS, length_plot, running_accuracy_plot
 
 # Intervals
 
@@ -279,17 +281,16 @@ def test_the_shipped_plan_is_the_one_that_the_results_are_of():
 # Plots
 
 
-def points(svg: str) -> list[list[tuple[float, float]]]:
-    lines = [line.split("'")[0] for line in svg.split("<polyline points='")[1:]]
-    return [[tuple(map(float, point.split(","))) for point in line.split()] for line in lines]
-
-
 def test_plots_rise_where_numbers_do():
-    (line,) = points(plots.running_accuracy_plot({"model": [0.0, 0.5, 0.75]}))
+    line = points_in(running_accuracy_plot({"model": [0.0, 0.5, 0.75]}), COLOURS[0])
     assert [y for _, y in line] == sorted((y for _, y in line), reverse=True)  # down is up in an SVG
-    assert len(line) == 4 and line[-1] == line[-2]
-    few, many = points(plots.length_plot({"few": [1], "many": [1] * 9}))
-    assert few == many  # shares, not counts
+    assert len(line) == 3 and len({y for _, y in line}) == 3
+    # Of many points the last one is drawn, whatever the distance to the one before.
+    last = points_in(running_accuracy_plot({"model": [0.0] * 998 + [1.0]}), COLOURS[0])[-1]
+    assert last == points_in(running_accuracy_plot({"model": [0.0] * 998 + [1.0], "other": [0.5]}), COLOURS[0])[-1]
+    assert last[1] < line[-1][1]
+    drawn = length_plot({"few": [1], "many": [1] * 9})
+    assert points_in(drawn, COLOURS[0]) == points_in(drawn, COLOURS[1])  # shares, not counts
 
 
 def test_estimates_of_unlike_questions_have_no_difference():

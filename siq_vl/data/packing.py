@@ -139,7 +139,7 @@ class PackingCollator:
             return {}
         tokens = (batch["input_ids"] == self.image_token_id).sum(dim=1)
         count = len(next(iter(found.values())))
-        per_image = int(tokens.sum()) // count
+        per_image = max(1, int(tokens.sum()) // count)
         counts = (tokens // per_image).tolist()
         if (tokens % per_image).any() or sum(counts) != count:
             raise ValueError(
