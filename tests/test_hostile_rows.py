@@ -34,7 +34,7 @@ from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.packing import PackingCollator
 from siq_vl.data.preprocessing import DropLog, Reader
 from siq_vl.data.sources import Source, SourceConfig
-from siq_vl.distill.traces import FEATURES
+from siq_vl.distill.schema import FEATURES
 from siq_vl.distill.training_rows import TraceArguments, training_traces
 from siq_vl.training.recipes import DataArguments
 

@@ -29,48 +29,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Image, List, Value, load_dataset
+from datasets import Dataset, Image, List, Value, load_dataset
 from filelock import FileLock, Timeout
+
+from siq_vl.distill.schema import FEATURES, TokensSpent, TraceRow
 
 logger = logging.getLogger(__name__)
 
-FEATURES = Features(
-    {
-        "trace_id": Value("string"),
-        "sample_id": Value("string"),
-        "images": List(Image()),
-        "image_paths": List(Value("string")),
-        "question": Value("string"),
-        "golds": List(Value("string")),
-        "choices": List(Value("string")),
-        "kind": Value("string"),
-        "task": Value("string"),
-        "teacher": Value("string"),
-        "teacher_kind": Value("string"),
-        "revision": Value("string"),
-        "prompt": Value("string"),
-        "hinted": Value("bool"),
-        "sampling": Value("string"),
-        "repeat": Value("int32"),
-        "output": Value("string"),
-        "finish_reason": Value("string"),
-        "error": Value("string"),
-        "prompt_tokens": Value("int64"),
-        "completion_tokens": Value("int64"),
-        "seconds": Value("float64"),
-        "attempts": Value("int32"),
-        "injected": Value("string"),
-        "rationale": Value("string"),
-        "answer": Value("string"),
-        "rationale_tokens": Value("int32"),
-        "rejected_by": List(Value("string")),
-        "agreement": Value("float64"),
-        "verdict": Value("string"),
-    }
-)
-VERDICTS = ("kept", "rejected")
-# What verification and selection write; everything else is as the teacher left it.
-JUDGED = ("rationale", "answer", "rationale_tokens", "rejected_by", "agreement", "verdict")
 _SCHEMA = FEATURES.arrow_schema
 _ESSENTIAL = ("sample_id", "question", "teacher", "output")  # a journal's line without one of them is no trace
 _UNREADABLE = "unreadable.txt"
@@ -124,23 +89,21 @@ class TraceStore:
         finally:
             self._lock.release()
 
-    def append(self, row: Mapping) -> None:
+    def append(self, row: TraceRow) -> None:
         """Keep one finished trace; when this returns, killing the process does not lose it.
-
-        Args:
-            row: the columns of `FEATURES`; `images` as a list of the pictures' bytes.
 
         Raises:
             ValueError: the columns are others, or hold what a shard could not: nothing is written.
         """
         if row.keys() != FEATURES.keys():
             raise ValueError(f"a trace has the columns {sorted(row)}; it needs {sorted(FEATURES)}")
-        if unfit := [name for name in FEATURES if not _fits(name, row[name])]:
-            name = unfit[0]
-            raise ValueError(
-                f"{name} is {str(row[name])[:80]!r}, which no shard can hold: it must be {_SCHEMA.field(name).type}"
-            )
-        packed = {**row, "images": [base64.b64encode(data).decode() for data in row["images"]]}
+        values: dict[str, Any] = dict(row)
+        for name, value in values.items():
+            if not _fits(name, value):
+                raise ValueError(
+                    f"{name} is {str(value)[:80]!r}, which no shard can hold: it must be {_SCHEMA.field(name).type}"
+                )
+        packed = {**values, "images": [base64.b64encode(data).decode() for data in row["images"]]}
         line = json.dumps(packed).encode() + b"\n"
         with open(self._journal, "ab", buffering=0) as journal:
             try:
@@ -157,24 +120,19 @@ class TraceStore:
 
     def trace_ids(self) -> set[int]:
         """Return the ids of the traces in the sealed shards, as numbers: a hundred thousand take some megabytes."""
-        return {number for path in self.shards() for number in _numbers(path)}
+        numbers: set[int] = set()
+        for path in self.shards():
+            numbers.update(_numbers(path))
+        return numbers
 
-    def spent(self, teacher: str) -> tuple[int, int, int, int, int]:
-        """Return what a teacher has taken for the sealed traces.
-
-        Returns:
-            The tokens read and written; how many replies say what they read, how many do not, and how many do not say
-            what they wrote.
-        """
-        read = written = replies = unread = unwritten = 0
+    def spent(self, teacher: str) -> TokensSpent:
+        """Return what a teacher has taken for the sealed traces."""
+        spent = TokensSpent()
         for table in self.columns("teacher", "prompt_tokens", "completion_tokens", "error"):
             for row in table.to_pylist():
                 if row["teacher"] == teacher:
-                    read, written = read + row["prompt_tokens"], written + row["completion_tokens"]
-                    replies += row["prompt_tokens"] > 0
-                    unread += not row["error"] and not row["prompt_tokens"]
-                    unwritten += not row["error"] and not row["completion_tokens"]
-        return read, written, replies, unread, unwritten
+                    spent.add(row["prompt_tokens"], row["completion_tokens"], text=not row["error"])
+        return spent
 
     def shards(self) -> list[Path]:
         """Return the sealed shards, in the order of their numbers."""
@@ -197,10 +155,11 @@ class TraceStore:
         """Take out the traces for which no teacher had an answer, so that they are asked for again; return how many."""
         dropped = 0
         for path in self.shards():
-            failed = pq.read_table(path, columns=["error"])["error"].to_pylist()
-            if any(failed):
-                self._keep_only(path, [not error for error in failed])
-                dropped += sum(map(bool, failed))
+            errors = pq.read_table(path, columns=["error"])["error"].to_pylist()
+            answered = [not error for error in errors]
+            if not all(answered):
+                self._keep_only(path, answered)
+                dropped += answered.count(False)
         return dropped
 
     def _keep_only(self, path: Path, wanted: Sequence[bool]) -> None:
@@ -212,8 +171,10 @@ class TraceStore:
     def read_settings(self) -> dict:
         """Return how the traces are verified and selected; nothing, where that is not known."""
         path = self.folder / "settings.json"
+        if not path.exists():
+            return {}
         try:
-            settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            settings = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
@@ -226,6 +187,7 @@ class TraceStore:
 
     def _recover(self) -> None:
         """Finish what a killed process began, and mend what is damaged."""
+        # A shard that was being written when the process was killed: its journal is still there.
         for stray in (self.folder / "data").glob(".*.tmp"):
             stray.unlink()
         known: set[int] = set()
@@ -244,8 +206,9 @@ class TraceStore:
             os.replace(path, aside)
             logger.warning("%s cannot be read (%s): set aside, and its traces are asked for again", path.name, error)
             return
-        if missing := [name for name in FEATURES if name not in names]:
-            raise ValueError(f"{path} is no shard of traces, it has no column {missing[0]}: move it out of the store")
+        for name in FEATURES:
+            if name not in names:
+                raise ValueError(f"{path} is no shard of traces, it has no column {name}: move it out of the store")
         fresh = _first_of_each(numbers, known)
         if not all(fresh):
             logger.warning("%s: %d traces were in the store already, once is kept", path.name, fresh.count(False))
@@ -253,21 +216,36 @@ class TraceStore:
 
     def _mend_journal(self, journal: Path, known: set[int]) -> None:
         """Seal the traces that are left in a journal and not known, and take note of them."""
-        rows = self._journal_rows(journal)
-        fresh = _first_of_each([int(row["trace_id"], 16) for row in rows], known)
-        rows = [row for row, wanted in zip(rows, fresh, strict=True) if wanted]
+        rows = []
+        for row in self._journal_rows(journal):
+            number = int(row["trace_id"], 16)
+            # The shard was in place and the journal not yet gone when the process was killed, or a file was copied in.
+            if number not in known:
+                rows.append(row)
+                known.add(number)
         if rows:
-            number = int(journal.stem) if _is_number(journal.stem) else self._next_number()
-            shard = self.folder / "data" / _SHARD.format(number)
-            if shard.exists():
+            shard = self._shard(journal)
+            # A journal that somebody named otherwise, or whose number a shard has, gets a number of its own.
+            if shard is None or shard.exists():
                 shard = self.folder / "data" / _SHARD.format(self._next_number())
             self._write(shard, to_table(rows))
         journal.unlink()
 
+    def _shard(self, journal: Path) -> Path | None:
+        """Return the shard that a journal is sealed into; None where its name is no number."""
+        if not _is_number(journal.stem):
+            return None
+        return self.folder / "data" / _SHARD.format(int(journal.stem))
+
     def _next_number(self) -> int:
-        files = [path.stem.rpartition("-")[2] for path in (self.folder / "data").glob("traces-*")]
-        files += [path.stem for path in (self.folder / "journal").glob("*.jsonl")]
-        return max((int(name) for name in files if _is_number(name)), default=-1) + 1
+        """Return a number above that of every shard, set aside ones too, and of every journal."""
+        names = [path.stem.rpartition("-")[2] for path in (self.folder / "data").glob("traces-*")]
+        names += [path.stem for path in (self.folder / "journal").glob("*.jsonl")]
+        highest = -1
+        for name in names:
+            if _is_number(name):
+                highest = max(highest, int(name))
+        return highest + 1
 
     def _open_journal(self) -> None:
         self._journal = self.folder / "journal" / _JOURNAL.format(self._next_number())

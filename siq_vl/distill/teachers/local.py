@@ -21,13 +21,13 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
-from siq_vl.distill.teachers.base import Asked, Said, Teacher
+from siq_vl.distill.teachers.base import Teacher, TeacherReply, TeacherRequest
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Ready:
+class ModelDefaults:
     """Settings that suit a family of models: its prompts and, from its model card, its sampling."""
 
     prompts: str
@@ -36,20 +36,20 @@ class Ready:
 
 
 # The first whose key stands in the model's name, case apart, is used; any of it can be overridden.
-READY: dict[str, Ready] = {
-    "qwen3-vl-2b-thinking": Ready("qwen3_vl_thinking", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20}, 4096),
-    "qwen3-vl-2b-instruct": Ready("qwen3_vl_instruct", {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}),
-    "internvl3_5": Ready("internvl3_5", {"do_sample": True, "temperature": 0.6, "top_p": 0.95}),
-    "hunyuanocr": Ready("hunyuan_ocr", {"do_sample": False}),
+MODEL_DEFAULTS: dict[str, ModelDefaults] = {
+    "qwen3-vl-2b-thinking": ModelDefaults("qwen3_vl_thinking", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20}, 4096),
+    "qwen3-vl-2b-instruct": ModelDefaults("qwen3_vl_instruct", {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}),
+    "internvl3_5": ModelDefaults("internvl3_5", {"do_sample": True, "temperature": 0.6, "top_p": 0.95}),
+    "hunyuanocr": ModelDefaults("hunyuan_ocr", {"do_sample": False}),
 }  # fmt: skip
 
 
-def ready_settings(model: str) -> Ready:
+def defaults_for(model: str) -> ModelDefaults:
     """Return the settings for a model's name; greedy decoding and the default prompts for unknown ones."""
-    for key, settings in READY.items():
+    for key, settings in MODEL_DEFAULTS.items():
         if key in model.casefold():
             return settings
-    return Ready("default", {"do_sample": False})
+    return ModelDefaults("default", {"do_sample": False})
 
 
 class TransformersTeacher(Teacher):
@@ -79,7 +79,7 @@ class TransformersTeacher(Teacher):
         trust_remote_code: bool = False,
         name: str | None = None,
     ):
-        ready = ready_settings(model)
+        ready = defaults_for(model)
         self.name, self.prompts_family, self.batch_size = name or model, ready.prompts, batch_size
         self._seed = seed
         self._sampling = {
@@ -104,10 +104,10 @@ class TransformersTeacher(Teacher):
     def settings(self) -> dict:
         return {**self._sampling, "seed": self._seed}
 
-    async def generate(self, asked: Sequence[Asked]) -> list[Said]:
+    async def generate(self, asked: Sequence[TeacherRequest]) -> list[TeacherReply]:
         return await asyncio.to_thread(self._generate, asked)
 
-    def _generate(self, asked: Sequence[Asked]) -> list[Said]:
+    def _generate(self, asked: Sequence[TeacherRequest]) -> list[TeacherReply]:
         started = time.perf_counter()
         texts = [
             self._processor.apply_chat_template(_conversation(one), tokenize=False, add_generation_prompt=True)
@@ -134,7 +134,7 @@ class TransformersTeacher(Teacher):
         seconds = (time.perf_counter() - started) / len(asked)
         return [self._said(row, read, seconds) for row, read in zip(written, prompt_tokens, strict=True)]
 
-    def _said(self, row: torch.Tensor, read: int, seconds: float) -> Said:
+    def _said(self, row: torch.Tensor, read: int, seconds: float) -> TeacherReply:
         """Read one generated row, `(new_tokens,)`, up to its end of turn."""
         ends = self._model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) - {None}
@@ -146,7 +146,7 @@ class TransformersTeacher(Teacher):
         for token in self._processor.tokenizer.added_tokens_decoder.values():
             if token.special and token.content not in ("<think>", "</think>", "<answer>", "</answer>"):
                 text = text.replace(token.content, "")
-        return Said(
+        return TeacherReply(
             text.strip(),
             "length" if length is None else "stop",
             int(read),
@@ -156,7 +156,7 @@ class TransformersTeacher(Teacher):
         )
 
 
-def _conversation(asked: Asked) -> list[dict]:
+def _conversation(asked: TeacherRequest) -> list[dict]:
     content = [{"type": "image"} for _ in asked.pictures] + [{"type": "text", "text": asked.prompt}]
     return [{"role": "user", "content": content}]
 

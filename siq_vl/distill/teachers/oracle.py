@@ -1,6 +1,6 @@
 """The `figures` teacher: a scripted oracle that knows the drawn data set's truth, in three styles.
 
-It is no model. Asked to, it makes mistakes of the kinds that models make, each of a known kind, so that verification can
+It is no model. TeacherRequest to, it makes mistakes of the kinds that models make, each of a known kind, so that verification can
 be measured against the truth.
 """
 
@@ -16,7 +16,7 @@ from siq_vl.data.figures.figure import Figure, Question
 from siq_vl.data.figures.lexicon import COLORS, OBJECTS, PLACES, SIGNS
 from siq_vl.data.figures.rows import reasoned
 from siq_vl.data.figures.scenes import Scene
-from siq_vl.distill.teachers.base import Asked, Said, Teacher, TeacherLost
+from siq_vl.distill.teachers.base import Teacher, TeacherLost, TeacherReply, TeacherRequest
 
 REVISION = "1"
 _REFUSALS = (
@@ -34,7 +34,7 @@ class FiguresTeacher(Teacher):
 
     Args:
         style: one of `dataset.STYLES`: structured step by step, terse arithmetic, or text first.
-        error_rate: share of traces with one fault put in, its kind stated in `Said.injected`.
+        error_rate: share of traces with one fault put in, its kind stated in `TeacherReply.injected`.
         seed: of the faults.
     """
 
@@ -52,10 +52,10 @@ class FiguresTeacher(Teacher):
     def settings(self) -> dict:
         return {"style": self.style, "error_rate": self.error_rate, "seed": self.seed}
 
-    async def generate(self, asked: Sequence[Asked]) -> list[Said]:
+    async def generate(self, asked: Sequence[TeacherRequest]) -> list[TeacherReply]:
         return [self._answer(one) for one in asked]
 
-    def _answer(self, asked: Asked) -> Said:
+    def _answer(self, asked: TeacherRequest) -> TeacherReply:
         drawn = asked.question.drawn
         if drawn is None:
             raise TeacherLost("the figures teacher knows drawn figures alone: leave --questions out, or ask a model")
@@ -63,7 +63,7 @@ class FiguresTeacher(Teacher):
         text, finish, injected = reasoned(self._reason(drawn), drawn.question.answer), "stop", ""
         if rng.random() < self.error_rate:
             text, finish, injected = self._mistaken(drawn, rng)
-        return Said(text, finish, len(asked.prompt.split()), len(text.split()), injected=injected)
+        return TeacherReply(text, finish, len(asked.prompt.split()), len(text.split()), injected=injected)
 
     def _reason(self, drawn: Sample, question: Question | None = None, figure: Figure | None = None) -> str:
         return rationale(figure or drawn.figure, question or drawn.question, self.style)
