@@ -26,6 +26,7 @@ from siq_vl.ablation.arms import Plan, jobs_of, read_plan, seed_names
 from siq_vl.ablation.jobs import Jobs
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.emergence_figure import EMERGENCE_FIGURE, EMERGENCE_FILE, read_emergence
+from siq_vl.locks import Lock
 from siq_vl.plots import emergence_plot
 from siq_vl.results import write_results
 
@@ -88,6 +89,12 @@ def main() -> None:
     if options.list:
         say("\n".join(f"{name:15} {arm.about}" for name, arm in plan.arms.items()))
         return
+    with Lock(options.output):
+        run_and_report(plan, options)
+
+
+def run_and_report(plan: Plan, options: argparse.Namespace) -> None:
+    """Run the plan, and write what is known of it then."""
     started, out = time.monotonic(), options.output
     jobs = run_all(plan, options)
     asked = [name for name, arm in plan.arms.items() if all(f"{name}/{way}" in jobs.seconds for way in arm.ways)]

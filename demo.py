@@ -23,6 +23,7 @@ from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import Item, held_out_items, majority_answers
 from siq_vl.evaluation.report import write_report
 from siq_vl.evaluation.tables import accuracy_table, caption_table, difference_line
+from siq_vl.locks import Lock
 from siq_vl.results import checksum_of_weights, write_results
 
 OUT = Path("outputs/tiny")
@@ -169,11 +170,12 @@ def main() -> None:
     )
     options = parser.parse_args()
     started = time.monotonic()
-    train_all()
-    evaluate_all(options.count)
-    items = held_out_items(options.count)
-    tell(items)
-    ask_one(items)
+    with Lock(OUT):
+        train_all()
+        evaluate_all(options.count)
+        items = held_out_items(options.count)
+        tell(items)
+        ask_one(items)
     print(f"\n{time.monotonic() - started:.0f} s in all")
 
 

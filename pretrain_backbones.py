@@ -19,6 +19,8 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from siq_vl import cli
+from siq_vl.locks import Lock
 from siq_vl.pretraining import captions, loop, text, vision
 from siq_vl.pretraining.gates import failures, gate_accuracies
 from siq_vl.pretraining.tokenizer import train_tokenizer
@@ -151,7 +153,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/backbones"))
     parser.add_argument("--backbones", type=Path, default=Path("backbones"))
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     function, defaults = PHASES[options.phase]
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -159,8 +160,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    function(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with Lock(options.backbones if options.phase == "export" else options.work / options.phase):
+        function(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

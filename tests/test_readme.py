@@ -1,4 +1,4 @@
-"""Every command and every Python block of the README is run, in order, in a copy of the repo.
+"""Every command and every Python block of the README is run in a copy of the repo, after those whose results it needs.
 
 A new command needs one line in `HOW`. What takes long gets options that make it short; what needs several machines or
 full-size backbones is planned (`--dry_run`) by the real parser; servers and the Hub are stood in for.
@@ -37,12 +37,14 @@ class Run:
         swap: what stands for something else in the README, and what is put in its place.
         says: what it has to print.
         launched: start it through `accelerate launch` itself, not only through its parser.
+        makes: later commands need what it leaves.
     """
 
     add: str = ""
     swap: dict[str, str] = field(default_factory=dict)
     says: str = ""
     launched: bool = False
+    makes: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,12 @@ HOW = {
     "make doctor": Target("-m siq_vl.planning.doctor"),
     "make check": Target("mypy"),
     "python benchmarks/anyres.py --count 300": Run("--count 1", says="all tiles and the thumbnail"),
-    "accelerate launch train_sft.py --stage 1": Run(TINY, launched=True),
-    "accelerate launch train_sft.py --stage 2": Run(TINY),
+    "accelerate launch train_sft.py --stage 1": Run(TINY, launched=True, makes=True),
+    "accelerate launch train_sft.py --stage 2": Run(TINY, makes=True),
     "python generate_traces.py --teacher figures --style structured --count 14720 --output outputs/tiny/traces": Run(
-        "--count 40"
+        "--count 40", makes=True
     ),
-    "accelerate launch train_distill.py": Run(TINY),
+    "accelerate launch train_distill.py": Run(TINY, makes=True),
     "python evaluate_vqa.py --model stage3=outputs/tiny/stage3": Run("--count 5 --max_new_tokens 8"),
     "python evaluate_vqa.py --model tiny=. --shifts --count 300": Run(
         "--count 5 --max_new_tokens 2", says="moved by 6 px"
@@ -132,7 +134,7 @@ HOW = {
     "python train_distill.py --recipe siq-vl-0.5b --config hunyuanocr --dry_run": Run(says="12,469,120"),
     "python train_distill.py --recipe siq-vl-0.5b --dry_run": Run(says="Plan of stage 3"),
     "python generate_traces.py --teacher figures --count 14720 --duplicates none --output outputs/tiny/traces": Run(
-        "--count 40"
+        "--count 40", makes=True
     ),
     "python train_distill.py --config union --emergence_steps 50": Run(
         f"{TINY} --emergence_steps 2 --emergence_count 6"
@@ -237,7 +239,7 @@ class Copy:
     """A copy of the repo, with the files that the README takes for granted."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.made = folder, set()
         ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__", ".*_cache", ".hypothesis", "*.log")
         shutil.copytree(REPO_ROOT, folder, ignore=ignored)
         picture = shutil.copy(folder / "docs" / "example.png", folder / "mine.png")
@@ -340,6 +342,21 @@ def check_elsewhere(command: str, how: Elsewhere) -> None:
     assert (REPO_ROOT / script).is_file() and script.stem in (REPO_ROOT / how.path).read_text()
 
 
+def make_what_is_needed(copy: Copy, command: str) -> None:
+    """Run the commands before this one whose results others need, as far as their own tests have not run yet."""
+    commands = [text for language, text in steps() if language == "bash"]
+    for earlier in commands[: commands.index(command)]:
+        how = HOW.get(earlier)
+        if isinstance(how, Run) and how.makes:
+            run_once(copy, earlier, how)
+
+
+def run_once(copy: Copy, command: str, how: Run) -> None:
+    if command not in copy.made:
+        run_command(copy, command, how)
+        copy.made.add(command)
+
+
 @pytest.mark.parametrize(("language", "text"), steps(), ids=[" ".join(text.split())[:70] for _, text in steps()])
 def test_the_readme_runs(copy, language, text):
     if language == "python":
@@ -347,12 +364,13 @@ def test_the_readme_runs(copy, language, text):
             text = text.replace(name, other)
         copy.run(["python", "-c", text])
         return
+    make_what_is_needed(copy, text)
     how = HOW.get(text)
     match how:
         case None:
             pytest.fail(f"the README has a command that no test runs; give it a line in HOW of this file: {text}")
         case Run():
-            run_command(copy, text, how)
+            run_once(copy, text, how)
         case Target():
             told = subprocess.run(["make", "-n", *text.split()[1:]], cwd=copy.folder, capture_output=True, text=True)
             assert told.returncode == 0 and how.runs in told.stdout, told.stderr

@@ -87,7 +87,7 @@ class ConversationCollator:
         images = [image for row in rows for image in row["images"]]
         texts = [text for segments in segmented for text, _ in segments]
         encoded, image_inputs = encode(self.processor, images, texts)
-        pieces = iter(encoded)
+        pieces, begin = iter(encoded), self.processor.beginning_ids
         ids, labels = [], []
         for segments in segmented:
             row_ids: list[int] = []
@@ -96,6 +96,8 @@ class ConversationCollator:
                 piece = next(pieces)
                 row_ids += piece
                 row_labels += piece if supervised else [IGNORED] * len(piece)
+            if row_ids[: len(begin)] != begin:  # at inference the tokenizer adds it to the rendered text
+                row_ids, row_labels = begin + row_ids, [IGNORED] * len(begin) + row_labels
             if self.max_length is not None and len(row_ids) > self.max_length:
                 raise ValueError(
                     f"a row has {len(row_ids)} tokens, more than max_length={self.max_length}: leave it out or raise "

@@ -208,7 +208,7 @@ def _sdpa_by_sample(
         query: of shape `(1, n_heads, n_tokens, head_dim)`; key and value alike, with their own number of heads.
         key: see query.
         value: see query.
-        attention_mask: for rows that are not packed.
+        attention_mask: for rows that are not packed, and for samples longer than the layer's sliding window.
         sample_lengths: of the samples of a packed row.
         kwargs: for sdpa.
 
@@ -218,7 +218,16 @@ def _sdpa_by_sample(
     if sample_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     parts = zip(*(tensor.split(list(sample_lengths), dim=2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in parts], dim=1), None
+    # A sample as long as a sliding window, or longer, needs its own square of the mask; others are causal throughout.
+    window = kwargs.get("sliding_window")
+    outputs, start = [], 0
+    for length, part in zip(sample_lengths, parts, strict=True):
+        square = None
+        if window is not None and length >= window and attention_mask is not None:
+            square = attention_mask[..., start : start + length, start : start + length]
+        outputs.append(sdpa_attention_forward(module, *part, square, **kwargs)[0])
+        start += length
+    return torch.cat(outputs, dim=1), None
 
 
 @contextmanager

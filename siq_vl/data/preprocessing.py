@@ -247,7 +247,8 @@ class Reader:
         if self.max_length is None:
             return
         tokens = self.processor.tokenizer([text for text, _ in segments], add_special_tokens=False)["input_ids"]
-        count = sum(map(len, tokens)) - len(conversation.images)  # each picture is one token of the text so far
+        begin = len(self.processor.beginning_ids)
+        count = begin + sum(map(len, tokens)) - len(conversation.images)  # each picture is one token of the text so far
         if sizes:
             count += sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
         else:

@@ -4,6 +4,7 @@
 teacher, reads one shard at a time, and writes the shards whose verdicts are not what they were.
 """
 
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -93,8 +94,8 @@ class _Candidate:
     answered: bool
     tokens: int
     kind: str
-    rejected_by: list[str]
-    agreement: float | None = None
+    rejected_by: list[str] = field(default_factory=list)
+    agreement: float = math.nan  # where there is no other answer
 
 
 def update_verdicts(
@@ -113,7 +114,7 @@ def update_verdicts(
     questions = _by_question(candidates)
     # The order matters: a duplicate of a trace that was rejected before is none, and the best is chosen of what is left.
     for traces in questions:
-        _compare_answers(traces, selection.min_agreement)
+        _compare_answers(traces, selection)
     if selection.duplicates != "none":
         _reject_duplicates(store, candidates, selection)
     if selection.keep == "best":
@@ -198,7 +199,7 @@ def _by_question(candidates: Iterable[_Candidate]) -> list[list[_Candidate]]:
     return list(questions.values())
 
 
-def _compare_answers(traces: Sequence[_Candidate], least: float) -> None:
+def _compare_answers(traces: Sequence[_Candidate], selection: Selection) -> None:
     """Record, for each answer to a question, the share of the others that agree with it; reject where it is too small."""
     answered = [trace for trace in traces if trace.answered]
     if len(answered) < 2:
@@ -211,7 +212,7 @@ def _compare_answers(traces: Sequence[_Candidate], least: float) -> None:
             if trace.answer == other.answer or agrees(trace.answer, other.answer, kind=trace.kind):
                 same += 1
         trace.agreement = same / (len(answered) - 1)
-        if not trace.rejected_by and trace.agreement < least:
+        if not trace.rejected_by and trace.agreement < selection.min_agreement:
             trace.rejected_by.append("agreement")
 
 
@@ -274,7 +275,8 @@ def _reject_all_but_best(traces: Sequence[_Candidate], target_length: int) -> No
             by_teacher[trace.teacher].append(trace)
 
     def badness(trace: _Candidate) -> tuple[float, int, int]:
-        return -(trace.agreement or 0.0), abs(trace.tokens - target_length), trace.repeat
+        agreement = 0.0 if math.isnan(trace.agreement) else trace.agreement
+        return -agreement, abs(trace.tokens - target_length), trace.repeat
 
     for accepted in by_teacher.values():
         best = min(accepted, key=badness)
@@ -293,7 +295,7 @@ def _write_verdicts(store: TraceStore, candidates: Sequence[_Candidate]) -> int:
         after: dict[str, list] = {name: [] for name in _CHANGED}
         for trace in traces:
             after["rejected_by"].append(trace.rejected_by)
-            after["agreement"].append(trace.agreement)
+            after["agreement"].append(None if math.isnan(trace.agreement) else trace.agreement)
             after["verdict"].append(verdict_of(trace.rejected_by))
             kept += not trace.rejected_by
         if before.to_pydict() != after:

@@ -30,9 +30,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Image, List, Value, load_dataset
-from filelock import FileLock, Timeout
 
 from siq_vl.distill.schema import FEATURES, TokensSpent, TraceRow
+from siq_vl.locks import Lock
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +64,7 @@ class TraceStore:
         self.folder, self._rows, self._bytes = folder, rows_per_shard, bytes_per_shard
         (folder / "data").mkdir(parents=True, exist_ok=True)
         (folder / "journal").mkdir(exist_ok=True)
-        self._lock = FileLock(folder / "journal" / ".lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"{folder} is being written by another process: wait for it, or pass another --output"
-            ) from error
+        self._lock = Lock(folder)
         self._sealing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._recover()

@@ -156,6 +156,7 @@ def _settings(
         "stage": recipe.stage,
         "recipe": recipe.name,
         "config": recipe.config or None,
+        "decoder": trainer.model.config.text_config.model_type,
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
         "effective_batch_size": samples_a_step(recipe),

@@ -6,6 +6,7 @@ import tempfile
 import torch
 from transformers import set_seed
 
+from siq_vl.loading import load_model, load_processor
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.backbones import random_model
@@ -44,10 +45,10 @@ def _load(recipe: Recipe) -> tuple[SiQVLForConditionalGeneration, SiQVLProcessor
     if recipe.stage != "1":
         path = starting_checkpoint(recipe)
         logger.info("stage %s of recipe %s starts from %s", recipe.stage, recipe.name, path)
-        processor = SiQVLProcessor.from_pretrained(path, trust_remote_code=True)
+        processor = load_processor(path)
         if recipe.adapter.load_in_4bit:
             return _load_4bit(path, recipe), processor
-        return SiQVLForConditionalGeneration.from_pretrained(path, dtype=dtype), processor
+        return load_model(path, dtype=dtype), processor
     return _join_backbones(recipe, dtype)
 
 
