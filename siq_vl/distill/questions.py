@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from siq_vl.data.figures.dataset import Sample, sample
+from siq_vl.data.figures.dataset import FigureSample, sample
 from siq_vl.data.remote import MAX_BYTES, download_image
 from siq_vl.parsing.answers import KINDS
 
@@ -88,7 +88,7 @@ class TraceQuestion:
     kind: str = "open"
     task: str = "general"
     choices: tuple[str, ...] = ()
-    drawn: Sample | None = field(default=None, compare=False, repr=False)
+    drawn: FigureSample | None = field(default=None, compare=False, repr=False)
     sources: tuple["EncodedPicture | FileReference", ...] = field(default=(), compare=False, repr=False)
     origin: str = field(default="", compare=False, repr=False)
 

@@ -23,7 +23,7 @@ from siq_vl.data.fields import field as column
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.figures.rows import reasoned
 from siq_vl.data.mixtures import MixtureReport, SourceCount
-from siq_vl.data.preprocessing import DropLog, Reader
+from siq_vl.data.preprocessing import DropLog, Preprocessor
 from siq_vl.data.sources import SourceConfig
 from siq_vl.distill.traces import read_traces
 from siq_vl.processing_siq_vl import SiQVLProcessor
@@ -147,7 +147,7 @@ class _Trace:
 
 
 class _Teacher:
-    """One teacher's traces as a source for `Reader`."""
+    """One teacher's traces as a source for `Preprocessor`."""
 
     def __init__(self, name: str, folder: Path, pictures_as: "Descriptions | None"):
         self.name, self.roots, self.config = name, [folder], SourceConfig(str(folder))
@@ -266,11 +266,11 @@ def training_traces(
     drops.begin({"traces": asdict(config), "max_length": max_length})
     all_short = config.student == "multimodal" and _all_short(stored, processor, max_length)
     # Counting every row's tokens takes longer than reading it.
-    reader = Reader(drops, None if all_short else processor, max_length, max_image_side, blind=blind)
+    preprocessor = Preprocessor(drops, None if all_short else processor, max_length, max_image_side, blind=blind)
     descriptions = Descriptions(folder, drops) if config.student == "text" else None
     root = Path(config.image_root) if config.image_root else folder
     teachers = {name: _Teacher(name, root, descriptions) for name in weights}
-    usable = list(_usable(stored, teachers, reader, config, processor))
+    usable = list(_usable(stored, teachers, preprocessor, config, processor))
     parts = _split(usable, config.validation_share, seed)
     train = _chosen(parts[False], weights, config, seed)
     if not train or (config.validation_share and not parts[True]):
@@ -284,8 +284,8 @@ def training_traces(
     report = MixtureReport(_counts(plan, usable, weights, drops), drops)
     logger.info("training rows\n%s", report.table())
     return TrainingTraces(
-        _Rows(stored, plan, teachers, reader).dataset(),
-        held_out and _Rows(stored, held_out, teachers, reader).dataset(),
+        _Rows(stored, plan, teachers, preprocessor).dataset(),
+        held_out and _Rows(stored, held_out, teachers, preprocessor).dataset(),
         report,
     )
 
@@ -331,13 +331,13 @@ def _all_short(stored: Dataset, processor: SiQVLProcessor | None, max_length: in
 def _usable(
     stored: Dataset,
     teachers: Mapping[str, _Teacher],
-    reader: Reader,
+    preprocessor: Preprocessor,
     config: TraceArguments,
     processor: SiQVLProcessor | None,
 ) -> Iterator[_Trace]:
     """Yield the traces that may be trained on, in the store's order; the others are counted."""
     images = pc.list_value_length(stored.data.column("images")).to_pylist()
-    drops, wants_lengths = reader.drops, bool(config.max_rationale_tokens) or config.curriculum == "length"
+    drops, wants_lengths = preprocessor.drops, bool(config.max_rationale_tokens) or config.curriculum == "length"
     start = 0
     for batch in stored.remove_columns("images").iter(_SCANNED):
         sound: list[tuple[int, dict]] = []
@@ -360,7 +360,7 @@ def _usable(
                 _check(row, length, config)
                 # Whether its pictures can be read is seen when they are: they are not looked at here.
                 pictures = [b""] * (images[index] or 0)
-                reader.conversation(teacher, {**row, "images": pictures, "direct": False})
+                preprocessor.conversation(teacher, {**row, "images": pictures, "direct": False})
             except Dropped as dropped:
                 drops.add(teacher.name, index, dropped)
             else:
@@ -475,9 +475,9 @@ class _Rows:
         stored: Dataset,
         plan: Sequence[tuple[_Trace, bool]],
         teachers: Mapping[str, _Teacher],
-        reader: Reader,
+        preprocessor: Preprocessor,
     ):
-        self._stored, self._plan, self._teachers, self._reader = stored, plan, teachers, reader
+        self._stored, self._plan, self._teachers, self._preprocessor = stored, plan, teachers, preprocessor
         self._unreadable: set[int] = set()
 
     def dataset(self) -> Dataset:
@@ -504,13 +504,13 @@ class _Rows:
                 (stored,) = plain_rows(self._stored[trace.index])
                 conversation = teacher.conversation({**_validated(stored), "direct": direct})
                 check(conversation)
-                if self._reader.blind:
+                if self._preprocessor.blind:
                     conversation = conversation.without_images()
-                row = self._reader.training_row(teacher, conversation, pictures)
+                row = self._preprocessor.training_row(teacher, conversation, pictures)
             except Dropped as dropped:
                 self._unreadable.add(trace.index)
-                self._reader.drops.add(trace.teacher, trace.index, dropped)
+                self._preprocessor.drops.add(trace.teacher, trace.index, dropped)
                 continue
             return {**row, "source": DIRECT} if direct else row
-        drops = self._reader.drops
+        drops = self._preprocessor.drops
         raise ValueError(f"no trace can be read: {', '.join(map(drops.summary, drops.reasons))}")

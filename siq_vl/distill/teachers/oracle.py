@@ -10,7 +10,7 @@ from dataclasses import replace
 from random import Random
 
 from siq_vl.data.figures.charts import MAX_VALUE, Chart
-from siq_vl.data.figures.dataset import STYLES, Sample, rationale
+from siq_vl.data.figures.dataset import STYLES, FigureSample, rationale
 from siq_vl.data.figures.documents import Plate, Receipt, Signs
 from siq_vl.data.figures.figure import Figure, Question
 from siq_vl.data.figures.lexicon import COLORS, OBJECTS, PLACES, SIGNS
@@ -65,10 +65,10 @@ class FiguresTeacher(Teacher):
             text, finish, injected = self._mistaken(drawn, rng)
         return TeacherReply(text, finish, len(asked.prompt.split()), len(text.split()), injected=injected)
 
-    def _reason(self, drawn: Sample, question: Question | None = None, figure: Figure | None = None) -> str:
+    def _reason(self, drawn: FigureSample, question: Question | None = None, figure: Figure | None = None) -> str:
         return rationale(figure or drawn.figure, question or drawn.question, self.style)
 
-    def _mistaken(self, drawn: Sample, rng: Random) -> tuple[str, str, str]:
+    def _mistaken(self, drawn: FigureSample, rng: Random) -> tuple[str, str, str]:
         """Return text, finish reason and the kind of the fault; a fault that this question cannot have is redrawn."""
         while True:
             kind = rng.choices(tuple(_FAULTS), [weight for weight, _ in _FAULTS.values()])[0]
@@ -76,15 +76,15 @@ class FiguresTeacher(Teacher):
             if made is not None:
                 return *made, kind
 
-    def _misread(self, drawn: Sample, rng: Random) -> tuple[str, str] | None:
+    def _misread(self, drawn: FigureSample, rng: Random) -> tuple[str, str] | None:
         """A fact that the answer hangs on is taken for another; everything after follows from it without a slip."""
         return self._as_read(drawn, rng, changes_answer=True)
 
-    def _misread_beside(self, drawn: Sample, rng: Random) -> tuple[str, str] | None:
+    def _misread_beside(self, drawn: FigureSample, rng: Random) -> tuple[str, str] | None:
         """A fact is taken for another and stated, and the answer comes out right all the same."""
         return self._as_read(drawn, rng, changes_answer=False)
 
-    def _as_read(self, drawn: Sample, rng: Random, changes_answer: bool) -> tuple[str, str] | None:
+    def _as_read(self, drawn: FigureSample, rng: Random, changes_answer: bool) -> tuple[str, str] | None:
         asked, right = drawn.question, self._reason(drawn)
         for _ in range(5):
             figure = _misread_figure(drawn.figure, rng)
@@ -96,7 +96,7 @@ class FiguresTeacher(Teacher):
                 return reasoned(reasoning, question.answer), "stop"
         return None
 
-    def _miscalculate(self, drawn: Sample, rng: Random) -> tuple[str, str] | None:
+    def _miscalculate(self, drawn: FigureSample, rng: Random) -> tuple[str, str] | None:
         """The last equation comes out wrong, and the answer follows it."""
         asked = drawn.question
         if not _EQUATION.search(asked.steps[-1]):
@@ -105,7 +105,7 @@ class FiguresTeacher(Teacher):
         step = re.sub(r"= \d+$", f"= {wrong}", asked.steps[-1])
         return reasoned(self._reason(drawn, replace(asked, steps=(*asked.steps[:-1], step))), wrong), "stop"
 
-    def _miscompare(self, drawn: Sample, rng: Random) -> tuple[str, str] | None:
+    def _miscompare(self, drawn: FigureSample, rng: Random) -> tuple[str, str] | None:
         """Two numbers are held against each other the wrong way round, and the answer follows it."""
         asked = drawn.question
         compared = re.fullmatch(r"(\d+) ([<>]) (\d+)", asked.steps[-1])
@@ -117,28 +117,28 @@ class FiguresTeacher(Teacher):
         other = _OPPOSITE.get(asked.answer) or next(label for label in labels if label != asked.answer)
         return reasoned(self._reason(drawn, replace(asked, steps=(*asked.steps[:-1], step))), other), "stop"
 
-    def _misanswer(self, drawn: Sample, rng: Random) -> tuple[str, str]:
+    def _misanswer(self, drawn: FigureSample, rng: Random) -> tuple[str, str]:
         """The reasoning is right and the answer is something else that the picture could have shown."""
         return reasoned(self._reason(drawn), _another(drawn.question.answer, drawn.figure, rng)), "stop"
 
-    def _loop(self, drawn: Sample, rng: Random) -> tuple[str, str]:
+    def _loop(self, drawn: FigureSample, rng: Random) -> tuple[str, str]:
         """The last step is repeated, to the end of the output or until the answer comes after all."""
         reasoning = ". ".join((self._reason(drawn), *[drawn.question.steps[-1]] * rng.randint(12, 40)))
         if rng.random() < 0.5:
             return f"<think>{reasoning}", "length"
         return reasoned(reasoning, drawn.question.answer), "stop"
 
-    def _refuse(self, drawn: Sample, rng: Random) -> tuple[str, str]:
+    def _refuse(self, drawn: FigureSample, rng: Random) -> tuple[str, str]:
         said = rng.choice(_REFUSALS)
         return (said if rng.random() < 0.5 else reasoned(said, rng.choice(("unknown", drawn.question.answer)))), "stop"
 
-    def _cut(self, drawn: Sample, rng: Random) -> tuple[str, str]:
+    def _cut(self, drawn: FigureSample, rng: Random) -> tuple[str, str]:
         """The output ends before its answer does."""
         whole = reasoned(self._reason(drawn), drawn.question.answer)
         end = whole.index("<answer>") + len("<answer>")
         return whole[: rng.randint(len("<think>") + 1, end)], "length"
 
-    def _mix(self, drawn: Sample, rng: Random) -> tuple[str, str]:
+    def _mix(self, drawn: FigureSample, rng: Random) -> tuple[str, str]:
         """Some of the reasoning is in another language, as half-trained models do."""
         return reasoned("".join(_FOREIGN) + self._reason(drawn), drawn.question.answer), "stop"
 
