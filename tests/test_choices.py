@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from siq_vl.distill import card, selection
+from siq_vl.distill import card, choice, selection
 from siq_vl.distill import training_rows as training
 from siq_vl.distill.budget import Budget, BudgetLimits
+from siq_vl.distill.choice import TraceChoice
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import EncodedPicture, TraceQuestion, figure_questions
@@ -21,7 +22,7 @@ from siq_vl.distill.teachers.base import Teacher, TeacherReply, TeacherRequest
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
 from siq_vl.distill.traces import TraceStore, read_traces
-from siq_vl.distill.training_rows import TraceArguments, _Trace
+from siq_vl.distill.training_rows import TraceArguments
 from siq_vl.distill.verification import Verification
 from siq_vl.distill.yields import StoreYield, TeacherYield, cost_table, precision_and_recall, store_yield
 
@@ -190,42 +191,42 @@ def test_a_hint_and_a_repeat_are_parts_of_what_a_trace_is(tmp_path):
 # Training rows
 
 
-def traced(index: int, question: str, teacher: str = "a", length: int = 0) -> _Trace:
-    return _Trace(index, question, teacher, length)
+def traced(index: int, question: str, teacher: str = "a", length: int = 0) -> TraceChoice:
+    return TraceChoice(index, question, teacher, length)
 
 
 def test_teachers_are_drawn_by_weight_and_no_trace_twice():
     group = [traced(0, "q", "a"), traced(1, "q", "b"), traced(2, "q", "b")]
     weights = {"a": 3.0, "b": 1.0}
-    first = [training._drawn(group, weights, 1, Random(seed))[0].teacher for seed in range(400)]
+    first = [choice.draw_by_teacher(group, weights, 1, Random(seed))[0].teacher for seed in range(400)]
     assert 270 < first.count("a") < 330  # 300, four standard deviations of 8.7
     for seed in range(20):
-        assert sorted(each.index for each in training._drawn(group, weights, 5, Random(seed))) == [0, 1, 2]
+        assert sorted(each.index for each in choice.draw_by_teacher(group, weights, 5, Random(seed))) == [0, 1, 2]
 
 
 def test_what_is_drawn_hangs_on_the_seed_and_what_answers_directly_does_not():
-    config = TraceArguments(traces="store", direct_share=0.5)
     group = [traced(2 * question + place, f"q{question}", "ab"[place]) for question in range(40) for place in range(2)]
     weights = {"a": 1.0, "b": 1.0}
-    first, second = (training._chosen(group, weights, config, seed) for seed in (0, 1))
+    first, second = (choice.choose(group, weights, 1, 0.5, seed) for seed in (0, 1))
     assert [trace.index for trace, _ in first] != [trace.index for trace, _ in second]
     assert [direct for _, direct in first] == [direct for _, direct in second]
     assert 10 < sum(direct for _, direct in first) < 30
-    parts = training._split(group, 0.25, seed=0)
+    parts = choice.split_by_question(group, 0.25, seed=0)
     sides = [{trace.sample_id for trace in parts[held_out]} for held_out in (False, True)]
     assert not sides[0] & sides[1] and 2 <= len(sides[1]) <= 20 < len(sides[0])
-    assert [trace.sample_id for trace in training._split(group, 0.25, seed=1)[True]] != [
+    assert [trace.sample_id for trace in choice.split_by_question(group, 0.25, seed=1)[True]] != [
         t.sample_id for t in parts[True]
     ]
 
 
 def test_an_epoch_is_a_random_part_and_a_curriculum_grows():
-    chosen = [(traced(index, f"q{index}", length=(7 * index) % 30), index % 3 == 0) for index in range(30)]
-    plain = TraceArguments(traces="store")
-    part = training._plan(list(chosen), plain, 0, 10)
+    chosen = [
+        choice.PlannedRow(traced(index, f"q{index}", length=(7 * index) % 30), index % 3 == 0) for index in range(30)
+    ]
+    part = choice.order_epoch(list(chosen), "none", 0, 10)
     indices = [trace.index for trace, _ in part]
     assert len(part) == 10 and indices == sorted(indices) != list(range(10))
-    growing = training._plan(list(chosen), TraceArguments(traces="store", curriculum="length"), 0, None)
+    growing = choice.order_epoch(list(chosen), "length", 0, None)
     lengths = [trace.length for trace, direct in growing if not direct]
     assert lengths == sorted(lengths) and len(set(lengths)) > 5
     direct = [place for place, (_, direct) in enumerate(growing) if direct]
@@ -233,7 +234,7 @@ def test_an_epoch_is_a_random_part_and_a_curriculum_grows():
 
 
 def test_choices_are_lettered_from_a():
-    assert training.asked({"question": "Which?", "choices": ["tea", "milk"]}) == "Which?\nA. tea\nB. milk"
+    assert training.student_question({"question": "Which?", "choices": ["tea", "milk"]}) == "Which?\nA. tea\nB. milk"
 
 
 @pytest.mark.parametrize("given", ["a=0", "a=-1", "a=x"])
@@ -254,7 +255,7 @@ def test_a_rationale_of_the_bound_is_trained_on(length):
 
 
 def test_direct_rows_answer_with_the_gold_answer_and_do_not_think(tmp_path):
-    teacher = training._Teacher("a", tmp_path, None)
+    teacher = training._TeacherSource("a", tmp_path, None)
     row = {"golds": ["red"], "answer": "Red.", "rationale": "It is red.", "question": "?", "choices": [], "images": []}
     direct, whole = (teacher.conversation({**row, "direct": each}) for each in (True, False))
     assert direct.texts("assistant") == ["<think></think><answer>red</answer>"]
