@@ -66,7 +66,7 @@ class TraceStore:
         (folder / "journal").mkdir(exist_ok=True)
         self._lock = Lock(folder)
         self._sealing: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failure: BaseException | None = None  # of the thread that seals, until it is raised here
         self._recover()
         self._open_journal()
 
@@ -91,6 +91,7 @@ class TraceStore:
         """
         if row.keys() != FEATURES.keys():
             raise ValueError(f"a trace has the columns {sorted(row)}; it needs {sorted(FEATURES)}")
+        # Refused here and not when the journal is sealed, where it would take thousands of traces with it.
         values: dict[str, Any] = dict(row)
         for name, value in values.items():
             if not _fits(name, value):
@@ -99,6 +100,7 @@ class TraceStore:
                 )
         packed = {**values, "images": [base64.b64encode(data).decode() for data in row["images"]]}
         line = json.dumps(packed).encode() + b"\n"
+        # Unbuffered and in one call: once it returns, the line is the operating system's and outlives this process.
         with open(self._journal, "ab", buffering=0) as journal:
             try:
                 written = journal.write(line)
@@ -248,6 +250,7 @@ class TraceStore:
 
     def _rotate(self, *, last: bool = False, wait: bool = False) -> None:
         """Begin a new journal and seal the full one in a thread: the teachers are not kept waiting."""
+        # One thread at a time, so that no more than one journal is in memory.
         self._wait()
         full = self._journal
         if not last:
@@ -279,13 +282,16 @@ class TraceStore:
 
     def _journal_rows(self, journal: Path) -> list[dict]:
         """Return the traces of a journal; lines that hold none are kept in a file of their own."""
-        rows, unreadable, mended = [], [], 0
+        rows: list[dict] = []
+        unreadable: list[bytes] = []
+        mended = 0
         with open(journal, "rb") as lines:
             for line in lines:
                 try:
                     row, changed = _read_line(line)
                 except (ValueError, RecursionError):
-                    unreadable.append(line if line.endswith(b"\n") else line + b"\n")
+                    # The last line of a killed process has no end: the next one put there must not run into it.
+                    unreadable.append(line.rstrip(b"\n") + b"\n")
                     continue
                 rows.append(row)
                 mended += changed
@@ -304,6 +310,7 @@ class TraceStore:
         temporary = path.parent / f".{path.name}.tmp"
         with open(temporary, "wb") as file:
             pq.write_table(table, file, compression="zstd")
+            # The journal goes once the shard is in place: it must be on the disk by then, not on its way there.
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -341,25 +348,36 @@ def _fits(name: str, value: object) -> bool:
         return isinstance(value, str) and re.fullmatch("[0-9a-f]{1,16}", value) is not None
     if name == "images":
         return isinstance(value, list) and all(isinstance(data, bytes) for data in value)
-    kind = _SCHEMA.field(name).type
-    if pa.types.is_list(kind) and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+    column_type = _SCHEMA.field(name).type
+    # pyarrow turns some other things into texts and lists by itself; a journal would hold them as they are.
+    if pa.types.is_list(column_type) and not _is_list_of_texts(value):
         return False
-    if pa.types.is_string(kind) and not isinstance(value, str):
+    if pa.types.is_string(column_type) and not isinstance(value, str):
         return False
     try:
-        return pa.array([value], kind).null_count == 0
+        return pa.array([value], column_type).null_count == 0
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
         return False
 
 
+def _is_list_of_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def _mended(name: str, value: Any) -> Any:
     """Return the nearest that a column can hold: text without lone surrogates, else an empty value."""
-    kind = _SCHEMA.field(name).type
-    if pa.types.is_list(kind):
-        return [storable(text) for text in value if isinstance(text, str)] if isinstance(value, list) else []
-    if pa.types.is_string(kind):
-        return storable(value) if isinstance(value, str) else ""
-    return None if name == "agreement" else kind.to_pandas_dtype()(0)
+    column_type = _SCHEMA.field(name).type
+    if name == "agreement":
+        return None
+    if pa.types.is_list(column_type):
+        if not isinstance(value, list):
+            return []
+        return [storable(text) for text in value if isinstance(text, str)]
+    if pa.types.is_string(column_type):
+        if not isinstance(value, str):
+            return ""
+        return storable(value)
+    return column_type.to_pandas_dtype()(0)
 
 
 def _read_line(line: bytes) -> tuple[dict, bool]:
@@ -374,19 +392,26 @@ def _read_line(line: bytes) -> tuple[dict, bool]:
     row = json.loads(line)
     if not isinstance(row, dict) or not set(FEATURES) <= row.keys():
         raise ValueError("it does not have the columns of a trace")
-    if not isinstance(row["images"], list) or not all(isinstance(data, str) for data in row["images"]):
+    if not _is_list_of_texts(row["images"]):
         raise ValueError("its pictures are none")
     if not _fits("trace_id", row["trace_id"]) or not all(isinstance(row[name], str) for name in _ESSENTIAL):
         raise ValueError("it does not say whose trace of what it is")
-    unfit = [name for name in FEATURES if name != "images" and not _fits(name, row[name])]
-    row.update({name: _mended(name, row[name]) for name in unfit})
+    mended = False
+    for name in FEATURES:
+        if name != "images" and not _fits(name, row[name]):
+            row[name] = _mended(name, row[name])
+            mended = True
+    # In the journal pictures are base64, in the shards what `datasets` makes of a picture.
     row["images"] = [{"bytes": base64.b64decode(data, validate=True), "path": None} for data in row["images"]]
-    return row, bool(unfit)
+    return row, mended
 
 
 def to_table(rows: Sequence[Mapping]) -> pa.Table:
     """Return rows as a table with the columns and the metadata by which `datasets` knows pictures as pictures."""
-    return pa.Table.from_pylist([{name: row[name] for name in _SCHEMA.names} for row in rows], schema=_SCHEMA)
+    columns: dict[str, list] = {}
+    for name in _SCHEMA.names:
+        columns[name] = [row[name] for row in rows]
+    return pa.Table.from_pydict(columns, schema=_SCHEMA)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -416,15 +441,30 @@ def read_traces(
             f"{folder} holds no traces: run `python generate_traces.py --teacher figures --count 300 --output {folder}` "
             "first, with the teacher and the count that you want"
         )
-    waiting = [path for path in (Path(folder) / "journal").glob("*.jsonl") if path.stat().st_size]
-    if waiting:
-        logger.warning("%s has traces that are in no shard yet: run generate_traces.py again to seal them", folder)
-    filters = [("verdict", "==", "kept")] if kept else None
-    if kept and not any("kept" in pq.read_table(path, columns=["verdict"])["verdict"].to_pylist() for path in shards):
-        raise ValueError(f"{folder} holds no trace that was kept: see which rules reject them on its page, report.html")
-    read = load_dataset("parquet", data_files=shards, split="train", filters=filters, columns=columns and list(columns))
-    if image_root is not None and "image_paths" in read.column_names:
-        paths = [[str(Path(image_root) / path) for path in named] for named in read["image_paths"]]
-        without = read.remove_columns([name for name in ("images",) if name in read.column_names])
-        return without.add_column("images", paths, feature=List(Value("string"))).cast_column("images", List(Image()))
-    return read
+    for journal in (Path(folder) / "journal").glob("*.jsonl"):
+        if journal.stat().st_size:
+            logger.warning("%s has traces that are in no shard yet: run generate_traces.py again to seal them", folder)
+            break
+    filters = None
+    if kept:
+        # Seen here, because `datasets` words an empty result as an error of its own.
+        if not any(_has_kept(shard) for shard in shards):
+            raise ValueError(
+                f"{folder} holds no trace that was kept: see which rules reject them on its page, report.html"
+            )
+        filters = [("verdict", "==", "kept")]
+    wanted = list(columns) if columns else None
+    read = load_dataset("parquet", data_files=shards, split="train", filters=filters, columns=wanted)
+    if image_root is None or "image_paths" not in read.column_names:
+        return read
+    files = []
+    for paths in read["image_paths"]:
+        files.append([str(Path(image_root) / path) for path in paths])
+    if "images" in read.column_names:
+        read = read.remove_columns("images")
+    # First as texts, then cast: a column of pictures cannot be made of paths at once.
+    return read.add_column("images", files, feature=List(Value("string"))).cast_column("images", List(Image()))
+
+
+def _has_kept(shard: str) -> bool:
+    return "kept" in pq.read_table(shard, columns=["verdict"])["verdict"].to_pylist()
