@@ -71,7 +71,7 @@ class Teacher(ABC):
         """Return the sampling settings that belong to a trace: another value here is another trace."""
 
     @abstractmethod
-    async def generate(self, asked: Sequence[TeacherRequest]) -> list[TeacherReply]:
+    async def generate(self, requests: Sequence[TeacherRequest]) -> list[TeacherReply]:
         """Answer requests, in their order; a request that fails gets a `TeacherReply` with an `error`.
 
         Raises:
