@@ -186,47 +186,64 @@ class ServerTeacher(Teacher):
             await self._session.close()
             self._session = None
 
-    async def generate(self, asked: Sequence[TeacherRequest]) -> list[TeacherReply]:
-        said = []
-        for one in asked:
+    async def generate(self, requests: Sequence[TeacherRequest]) -> list[TeacherReply]:
+        replies = []
+        for request in requests:
             self._undecided += 1
             try:
-                said.append(await self._answer(one))
+                replies.append(await self._answer(request))
             finally:
                 await self._decided()
-        return said
+        return replies
 
     async def _decided(self) -> None:
         self._undecided -= 1
         async with self._news:
             self._news.notify_all()
 
-    async def _answer(self, asked: TeacherRequest) -> TeacherReply:
-        body = json.dumps(self._body(asked)).encode()
-        started, read, written, attempt, reason, final = 0.0, 0, 0, 0, "", False
+    async def _answer(self, request: TeacherRequest) -> TeacherReply:
+        """Try a request until it is answered, refused, or has been tried often enough."""
+        body = json.dumps(self._body(request)).encode()
+        started = 0.0
+        read = written = 0  # tokens of all attempts: an empty message is paid for, too
+        attempt = 0
+        reason = ""  # why there is no answer yet
+        final = False  # whether another attempt would be in vain
         while not final and attempt < self._settings.attempts:
             wait = 0.0
             try:
                 async with self._slots:
                     started = started or time.perf_counter()
-                    said = await self._try(body)
-            except _Unreachable as error:  # nobody was asked: no attempt is used up, `_failed` ends the waiting
-                attempt, reason = max(attempt, 1), str(error)
+                    reply = await self._try(body)
+            except _Unreachable as error:
+                # Nobody was asked, so no attempt is used up; `_failed` ends the waiting.
+                attempt = max(attempt, 1)
+                reason = str(error)
             except _Again as error:
-                attempt, reason, wait = attempt + 1, str(error), error.wait
+                attempt += 1
+                reason = str(error)
+                wait = error.wait
             except _Refused as error:
-                attempt, reason, final = attempt + 1, str(error), True
+                attempt += 1
+                reason = str(error)
+                final = True
             except _Denied as error:
                 await self._only_this_one(error)
-                attempt, reason, final = attempt + 1, str(error), True
+                attempt += 1
+                reason = str(error)
+                final = True
             else:
-                attempt, reason = attempt + 1, "the message was empty"
-                read, written = read + said.prompt_tokens, written + said.completion_tokens  # paid, even if empty
-                if said.text.strip():
+                attempt += 1
+                read += reply.prompt_tokens
+                written += reply.completion_tokens
+                if reply.text.strip():
                     seconds = time.perf_counter() - started
-                    return TeacherReply(said.text, said.finish_reason, read, written, seconds, attempt)
-                if said.finish_reason != "stop":  # it would be cut or withheld again, and paid again
-                    reason, final = f"{reason} ({said.finish_reason})", True
+                    return TeacherReply(reply.text, reply.finish_reason, read, written, seconds, attempt)
+                reason = "the message was empty"
+                # It would be cut or withheld again, and paid for again.
+                if reply.finish_reason != "stop":
+                    reason = f"{reason} ({reply.finish_reason})"
+                    final = True
             if not final and attempt < self._settings.attempts:
                 await asyncio.sleep(self._pause(max(attempt, 1), wait))
         return TeacherReply("", "", read, written, time.perf_counter() - started, attempt, self._redacted(reason))
@@ -250,13 +267,15 @@ class ServerTeacher(Teacher):
                 f"{self._settings.api_key_env}; what is done is kept, and the same command goes on from there"
             )
 
-    def _body(self, asked: TeacherRequest) -> dict:
-        content = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in asked.pictures]
-        content.append({"type": "text", "text": asked.prompt})
+    def _body(self, request: TeacherRequest) -> dict:
+        content = []
+        for picture in request.pictures:
+            content.append({"type": "image_url", "image_url": {"url": data_url(picture)}})
+        content.append({"type": "text", "text": request.prompt})
         body: dict[str, Any] = {"model": self.name, "messages": [{"role": "user", "content": content}]}
         body.update(self._sampling)
         if isinstance(body.get("seed"), int):
-            body["seed"] += asked.repeat  # the samples of one question are different ones
+            body["seed"] += request.repeat  # the samples of one question are different ones
         return body
 
     def _pause(self, attempt: int, asked_for: float) -> float:
@@ -395,44 +414,71 @@ def _read_completion(raw: bytes) -> TeacherReply:
         told = _text(_object(reply.get("error")).get("message")) or "it has no message"
         raise _Again(f"the reply is no chat completion: {told}")
     content = message.get("content")
-    text, reasoning = _text(content), _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
-    if isinstance(content, list):  # of parts, the reasoning in parts of its own
-        text = "".join(_text(part.get("text")) for part in content if isinstance(part, dict))
-        thinking = [part.get("thinking") for part in content if isinstance(part, dict)]
-        inner = [one for part in thinking for one in (part if isinstance(part, list) else [{"text": part}])]
-        reasoning = reasoning or "".join(_text(_object(one).get("text")) for one in inner)
-    elif content is not None and not isinstance(content, str):
+    if content is not None and not isinstance(content, str | list):
         raise _Again(f"the reply is no chat completion: its message is {type(content).__name__}, not text")
+    text = _text(content)
+    reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
+    if isinstance(content, list):
+        text, thinking = _read_parts(content)
+        reasoning = reasoning or thinking
     text = text or _text(message.get("refusal"))
     if reasoning.strip() and "</think>" not in text:
         text = f"<think>{reasoning}</think>{text}"
     usage = _object(reply.get("usage"))
-    finish = _text(choice.get("finish_reason"))[:40] or "stop"
+    finish_reason = _text(choice.get("finish_reason"))[:40] or "stop"
+    if len(text) > _MAX_TEXT:
+        finish_reason = "length"
     return TeacherReply(
         text[:_MAX_TEXT],
-        finish if len(text) <= _MAX_TEXT else "length",
+        finish_reason,
         _tokens(usage.get("prompt_tokens")),
         _tokens(usage.get("completion_tokens")),
     )
 
 
+def _read_parts(parts: Sequence) -> tuple[str, str]:
+    """Return the text and the reasoning of a message in parts; the reasoning is text, or parts of its own."""
+    text = reasoning = ""
+    for part in parts:
+        text += _text(_object(part).get("text"))
+        thinking = _object(part).get("thinking")
+        if isinstance(thinking, list):
+            for inner in thinking:
+                reasoning += _text(_object(inner).get("text"))
+        else:
+            reasoning += _text(thinking)
+    return text, reasoning
+
+
 def _object(value: object) -> Mapping:
-    return value if isinstance(value, dict) else {}
+    """Return a JSON object; an empty one for anything else."""
+    if isinstance(value, dict):
+        return value
+    return {}
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
+    """Return a JSON string; an empty one for anything else."""
+    if isinstance(value, str):
+        return value
+    return ""
 
 
 def _whole(digits: str) -> int | None:
     """Read an integer of JSON; one that no column holds is None, and never costs the text beside it."""
-    return int(digits) if len(digits) <= 18 else None
+    if len(digits) > 18:
+        return None
+    return int(digits)
 
 
 def _tokens(value: object) -> int:
     """Return a count of tokens; 0 where there is none, or none that can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return 0
     try:
-        count = int(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 0
+        count = int(value)
     except (ValueError, OverflowError):
         return 0
-    return count if 0 <= count < _MAX_TOKENS else 0
+    if not 0 <= count < _MAX_TOKENS:
+        return 0
+    return count
