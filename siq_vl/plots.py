@@ -7,7 +7,7 @@ plot opens a window.
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Points = Sequence[tuple[int, float]]
 
 COLOURS = ("#2f6fd0", "#d9792b", "#1a7f4b", "#8a4fbf", "#b3372f", "#4c8f99", "#7a6a2f", "#c2477f")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and needs no font of ours
     "svg.hashsalt": "siq-vl",  # names of clipping paths do not differ from run to run
     "font.family": "sans-serif",

@@ -41,6 +41,7 @@ TABLES = {
 # Sentences with figures, filled in by `str.format` from `measured()`: {file[table][row][column]} or {file[figure]}.
 SENTENCES = (
     # README, head
+    "cut into tiles, as documented, it answers {anyres[anyres][in one tile, all tiles and the thumbnail][accuracy]}%",
     "it answers {shifts[shifts][as drawn][tiny]}% of held-out questions right, and {shifts[shifts][moved by 1 px][tiny]}% when",
     # AnyRes
     "{anyres[anyres][in one tile, all tiles and the thumbnail][right]} of "
@@ -83,6 +84,7 @@ SENTENCES = (
 )
 
 # Kept as a run printed them, from before commands wrote files: a document's table is the file. Header -> checksum of cells.
+# Other documents may show parts of it.
 PRINTED = {
     "questions": "02bc5d7ac861fc06ec0118b90995ec5433be31eeb8aa45da6b81c3cb52a20850",
     "caption facts right (300 pictures)": "db02b6224b92e58f87f3ef3ac3e8bde6aa3ca2912c23f85df183d4f13f13ce52",
@@ -134,6 +136,11 @@ def headed(first_cell: str) -> list[Rows]:
     return [table for table in tables if table[0][0] == first_cell]
 
 
+def printed(first_cell: str) -> list[Rows]:
+    """The tables of all documents that are, cell by cell, what a run printed: one, unless somebody changed it."""
+    return [table for table in headed(first_cell) if digest(table) == PRINTED[first_cell]]
+
+
 def gates() -> Rows:
     """The gates of stage 0, from what its export measured."""
     rows = [["question", "accuracy", "gate"]]
@@ -167,8 +174,8 @@ def sources() -> tuple[dict[str, dict[str, Rows]], dict[str, dict]]:
         tables[path.stem], figures[path.stem] = content["tables"], content["figures"]
     for first_cell in PRINTED:
         file, name = TABLES[first_cell]
-        if printed := headed(first_cell):
-            tables.setdefault(file, {})[name] = printed[0]
+        if whole := printed(first_cell):
+            tables.setdefault(file, {})[name] = whole[0]
     arms, differences = map(table_rows, tables_of(plain(REPO_ROOT / "docs" / "ablations.md")))
     tables["ablations"] = {"arms": arms, "differences": differences}
     tables["backbones"] = {"gates": gates()}
@@ -254,8 +261,9 @@ def test_what_a_run_printed_is_as_it_was(first_cell):
     assert not (REPO_ROOT / "docs" / "results" / f"{file}.json").exists(), (
         f"there is a file now: take {first_cell!r} out"
     )
-    (table,) = headed(first_cell)
-    assert digest(table) == PRINTED[first_cell]
+    assert len(printed(first_cell)) == 1, (
+        f"no document, or more than one, has the table {first_cell!r} as it was printed"
+    )
 
 
 @pytest.mark.parametrize("path", WRITTEN)

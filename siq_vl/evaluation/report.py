@@ -82,8 +82,12 @@ def write_report(
         )
     further = []
     for heading, text in (tables or {}).items():
-        rows = table_cells(text) if text.startswith("|") else []
-        further.append((heading, rows, text))
+        # What is no table stands as it is; below a table there may be lines of text.
+        table, _, note = text.partition("\n\n")
+        if table.startswith("|"):
+            further.append((heading, table_cells(table), note))
+        else:
+            further.append((heading, [], text))
     page = render(
         "report.html.jinja",
         title=title,
