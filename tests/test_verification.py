@@ -285,6 +285,13 @@ def test_every_family_has_a_versioned_prompt_for_every_task(family):
         )
 
 
+def test_prompts_of_earlier_stores_are_still_the_same_prompts():
+    """Traces hang on these names: one that changed without its words would have every store asked again."""
+    assert Prompts("default").versions["general"] == "default/general@1-0bdb2034"
+    assert Prompts("qwen3_vl_instruct").versions["general"] == "qwen3_vl_instruct/general@1-0bdb2034"
+    assert Prompts("qwen3_vl_thinking").versions["general"] == "qwen3_vl_thinking/general@1-92e8ff0d"
+
+
 def test_editing_a_prompt_changes_its_version(tmp_path):
     for path in TEMPLATES.rglob("*.jinja"):
         copy = tmp_path / path.relative_to(TEMPLATES)
