@@ -23,7 +23,7 @@ from pathlib import Path
 REPO_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO_ROOT))
 
-from siq_vl.data.figures.dataset import Sample, sample  # noqa: E402
+from siq_vl.data.figures.dataset import FigureSample, sample  # noqa: E402
 from siq_vl.evaluation.held_out import EVALUATION_SEED  # noqa: E402
 from siq_vl.evaluation.intervals import clustered_ratio  # noqa: E402
 from siq_vl.evaluation.predictions import read  # noqa: E402
@@ -36,7 +36,7 @@ CORPUS_ROWS = 40_000
 PHASES = {1000: 2400 * 32, 1001: 1200 * 32}
 
 
-def evaluated(count: int) -> dict[str, list[Sample]]:
+def evaluated(count: int) -> dict[str, list[FigureSample]]:
     """Return the evaluation's samples by row of its table."""
     ordinary = [sample("test", index, seed=EVALUATION_SEED, hard=False) for index in range(count)]
     rows = {
@@ -54,7 +54,7 @@ def contents(split: str, seed: int, count: int) -> Iterable[str]:
     return (sample(split, index, seed=seed).figure.content for index in range(count))
 
 
-def widest(samples: Sequence[Sample]) -> float:
+def widest(samples: Sequence[FigureSample]) -> float:
     """Return how many times as wide a half-width would be, were all answers about one content alike."""
     sizes = Counter(each.figure.content for each in samples).values()
     return math.sqrt(sum(size**2 for size in sizes) / len(samples))

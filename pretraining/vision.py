@@ -28,13 +28,13 @@ def image_processor() -> SiglipImageProcessor:
     return SiglipImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
-def pixel_batch(samples: list[figures.Sample]) -> torch.Tensor:
+def pixel_batch(samples: list[figures.FigureSample]) -> torch.Tensor:
     """Return the pictures as a float tensor (len(samples), 3, SIZE, SIZE) in [-1, 1], as the image processor would."""
     pixels = np.stack([np.asarray(sample.image) for sample in samples])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def cell_words(samples: list[figures.Sample], word_ids: dict[str, int]) -> torch.Tensor:
+def cell_words(samples: list[figures.FigureSample], word_ids: dict[str, int]) -> torch.Tensor:
     """Return multi-hot targets (len(samples), rows * columns, words): the words that can be read in each cell."""
     side = SIZE // CELL
     targets = torch.zeros(len(samples), side * side, len(word_ids))
@@ -78,7 +78,7 @@ def figure_words() -> list[str]:
     return sorted(seen)
 
 
-def read_accuracy(model: TowerWithWordHead, words: list[str], samples: list[figures.Sample]) -> float:
+def read_accuracy(model: TowerWithWordHead, words: list[str], samples: list[figures.FigureSample]) -> float:
     """Return the share of labelled cells whose exact set of words is read, on pictures never trained on."""
     targets = cell_words(samples, {word: index for index, word in enumerate(words)})
     with torch.no_grad():

@@ -301,7 +301,7 @@ def test_every_command_of_the_shipped_plan_is_understood(tmp_path, monkeypatch):
         assert "{" not in job.command
         if script == "generate_traces.py":
             options = parse_options("", arguments)
-            stores += options.count >= 7 * 32 and options.output == job.makes.parent
+            stores += options.questions.count >= 7 * 32 and options.store.output == job.makes.parent
         elif script != "evaluate_vqa.py":
             recipe = parse_recipe(("3",) if script == "train_distill.py" else ("1", "2"), arguments)
             stages.append(recipe.stage)

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import pytest
 from PIL import Image
 
-from siq_vl.data.figures.dataset import Sample, sample
+from siq_vl.data.figures.dataset import FigureSample, sample
 from siq_vl.loading import load_checkpoint
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +122,7 @@ def visit(browser: Browser):
 def put(tmp_path):
     """Puts a picture of a drawn figure, its question, or something else, into the page."""
 
-    def fill(page: Page, drawn: Sample, question: str | None = None) -> None:
+    def fill(page: Page, drawn: FigureSample, question: str | None = None) -> None:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
         drawn.image.save(path)
         upload(page, path)
@@ -151,7 +151,7 @@ def answer_of(page: Page, card: int = 0):
     return page.locator(DONE).nth(card).locator(".siq-answer p label > span").first
 
 
-def figure(place: int) -> Sample:
+def figure(place: int) -> FigureSample:
     return sample("test", place, domain="charts", hard=False)
 
 

@@ -9,56 +9,62 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from siq_vl.distill import card, selection
+from siq_vl.distill import card, choice, selection
 from siq_vl.distill import training_rows as training
-from siq_vl.distill.budget import Budget
+from siq_vl.distill.budget import Budget, BudgetLimits
+from siq_vl.distill.choice import TraceChoice
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
-from siq_vl.distill.questions import Picture, TraceQuestion, figure_questions
-from siq_vl.distill.selection import Selection, _Mark, settle
-from siq_vl.distill.teachers.base import Asked, Said, Teacher
+from siq_vl.distill.questions import EncodedPicture, TraceQuestion, figure_questions
+from siq_vl.distill.schema import TokensSpent
+from siq_vl.distill.selection import Selection, _Candidate, update_verdicts
+from siq_vl.distill.teachers.base import Teacher, TeacherReply, TeacherRequest
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
 from siq_vl.distill.traces import TraceStore, read_traces
-from siq_vl.distill.training_rows import TraceArguments, _Trace
+from siq_vl.distill.training_rows import TraceArguments
 from siq_vl.distill.verification import Verification
-from siq_vl.distill.yields import Summary, TeacherSummary, cost_table, precision_and_recall, summarize
+from siq_vl.distill.yields import StoreYield, TeacherYield, cost_table, precision_and_recall, store_yield
 
 # Selection
 
 
-def mark(place: int, answer: str = "7", *, teacher: int = 0, tokens: int = 5, **options) -> _Mark:
-    return _Mark(place, teacher, place, answer, True, bool(answer), tokens, "open", **options)
+def mark(place: int, answer: str = "7", *, teacher: int = 0, tokens: int = 5, **options) -> _Candidate:
+    return _Candidate(place, 0, teacher, place, answer, bool(answer), tokens, "open", **options)
 
 
 def test_agreement_is_with_the_others_that_answered():
     group = [mark(0, "7"), mark(1, "seven"), mark(2, "8"), mark(3, ""), mark(4, "9")]
-    selection._compare(group, Selection())
+    selection._compare_answers(group, Selection())
     assert [each.agreement for each in group if each.answered] == pytest.approx([1 / 3, 1 / 3, 0, 0])
     assert np.isnan(group[3].agreement)
     group = [mark(0, "7"), mark(1, "7"), mark(2, "8")]
-    selection._compare(group, Selection(min_agreement=0.5))
-    assert [each.reasons for each in group] == [[], [], ["agreement"]]  # one half is enough where one half is asked for
+    selection._compare_answers(group, Selection(min_agreement=0.5))
+    assert [each.rejected_by for each in group] == [
+        [],
+        [],
+        ["agreement"],
+    ]  # one half is enough where one half is asked for
 
 
 def test_the_best_is_the_most_agreed_with_then_the_nearest_to_the_target():
-    def best(marks: list[_Mark], target: int) -> set[int]:
+    def best(marks: list[_Candidate], target: int) -> set[int]:
         selection._reject_all_but_best(marks, target)
-        return {each.place for each in marks if not each.reasons}
+        return {each.place for each in marks if not each.rejected_by}
 
     assert best([mark(0, agreement=0.5), mark(1, agreement=1.0, tokens=99), mark(2, agreement=0.5)], 5) == {1}
     assert best([mark(0, tokens=3), mark(1, tokens=9), mark(2, tokens=30)], 10) == {1}
     assert best([mark(0, tokens=3), mark(1, tokens=2)], 0) == {1}
     assert best([mark(0, tokens=4), mark(1, tokens=4)], 0) == {0}
     assert best([mark(0, teacher=0), mark(1, teacher=1), mark(2, teacher=1, tokens=4)], 0) == {0, 2}
-    assert best([mark(0, reasons=["parse"], tokens=1), mark(1)], 0) == {1}
+    assert best([mark(0, rejected_by=["parse"], tokens=1), mark(1)], 0) == {1}
 
 
 class Scripted(Teacher):
     kind = "figures"
     name = "scripted"
 
-    def __init__(self, said: dict[str, list[Said]], name: str = "scripted"):
+    def __init__(self, said: dict[str, list[TeacherReply]], name: str = "scripted"):
         self.said, self.name = said, name
 
     def settings(self) -> dict:
@@ -68,7 +74,7 @@ class Scripted(Teacher):
         return [self.said[one.question.id][one.repeat] for one in asked]
 
 
-def store_of(folder, said: dict[str, list[Said]], *, rules=None, chosen=None, name="scripted", **options):
+def store_of(folder, said: dict[str, list[TeacherReply]], *, rules=None, chosen=None, name="scripted", **options):
     questions = [TraceQuestion(id, f"What is {id}?", ("7",)) for id in said]
     rules = rules or Verification(language="")
     with TraceStore(folder) as store:
@@ -80,12 +86,12 @@ def store_of(folder, said: dict[str, list[Said]], *, rules=None, chosen=None, na
             samples=len(next(iter(said.values()))),
             progress=False,
         ).over(questions)
-        settle(store, rules, chosen or Selection())
+        update_verdicts(store, rules, chosen or Selection())
     return {(row["sample_id"], row["repeat"]): row for row in read_traces(folder, kept=False)}
 
 
-def trace(reasoning: str, answer: str = "7", **options) -> Said:
-    return Said(f"<think>{reasoning}</think><answer>{answer}</answer>", **options)
+def trace(reasoning: str, answer: str = "7", **options) -> TeacherReply:
+    return TeacherReply(f"<think>{reasoning}</think><answer>{answer}</answer>", **options)
 
 
 LONG = "First we read every number on the chart then we add the third one to the fifth one and so we find seven"
@@ -120,18 +126,18 @@ def test_half_alike_is_no_duplicate():
 
 def test_rules_that_have_changed_judge_again_and_selection_is_undone(tmp_path):
     said = {"a": [trace("short"), trace(LONG)]}
-    strict = Verification(language="", min_tokens=5)
+    strict = Verification(language="", min_length=5)
     found = store_of(tmp_path, said, rules=strict, chosen=Selection(keep="best"), hint=True)
     assert found["a", 0]["rejected_by"] == ["length"] and found["a", 1]["verdict"] == "kept"
     with TraceStore(tmp_path) as store:
-        settle(store, Verification(language=""), Selection(keep="best"))
+        update_verdicts(store, Verification(language=""), Selection(keep="best"))
         settings = store.read_settings()
     assert settings["selection"]["keep"] == "best" and settings["verification"]["min_tokens"] == 1
     found = {row["repeat"]: row for row in read_traces(tmp_path, kept=False)}
     assert found[0]["rejected_by"] == [] and found[1]["rejected_by"] == ["not_best"]
     assert found[0]["hinted"] and found[1]["hinted"]
     with TraceStore(tmp_path) as store:
-        settle(store, Verification(language=""), Selection())
+        update_verdicts(store, Verification(language=""), Selection())
     assert [row["rejected_by"] for row in read_traces(tmp_path, kept=False)] == [[], []]
 
 
@@ -141,10 +147,10 @@ def test_rules_that_have_changed_judge_again_and_selection_is_undone(tmp_path):
 def test_a_store_adds_up(tmp_path):
     first = {"a": [trace("a b", prompt_tokens=10, completion_tokens=3, seconds=2.0), trace("a b c d e f g h i")]}
     first |= {"b": [trace("a b", "8", injected="wrong answer"), trace("a b", prompt_tokens=5)]}
-    first |= {"c": [Said("", error="lost"), trace("k l m", "8")]}
+    first |= {"c": [TeacherReply("", error="lost"), trace("k l m", "8")]}
     store_of(tmp_path, first)
     store_of(tmp_path, {"a": [trace("p q r")], "b": [trace("s t u")], "c": [trace("v w")]}, name="other")
-    found = summarize(tmp_path)
+    found = store_yield(tmp_path)
     made = found.teachers["scripted"]
     assert (made.made, made.kept, made.read, made.written, made.seconds) == (6, 3, 15, 3, 2.0)
     assert made.lengths == {0: 4, 8: 1}  # of what was said at all
@@ -153,7 +159,9 @@ def test_a_store_adds_up(tmp_path):
     line = cost_table(found).splitlines()[-1]
     assert [cell.strip() for cell in line.strip("|").split("|")] == ["scripted", "15", "3", "0", "0.33"]
     with TraceStore(tmp_path) as store:
-        assert store.spent("scripted") == (15, 3, 2, 3, 4) and store.spent("other") == (0, 0, 0, 3, 3)
+        spent, other = store.spent("scripted"), store.spent("other")
+        assert spent == TokensSpent(read=15, written=3, replies=2, unread=3, unwritten=4)
+        assert other == TokensSpent(unread=3, unwritten=3)
         ids = len(store.trace_ids())
         assert store.drop_failed() == 1 and len(store.trace_ids()) == ids - 1
     assert not any(read_traces(tmp_path, kept=False)["error"])
@@ -161,7 +169,7 @@ def test_a_store_adds_up(tmp_path):
 
 
 def test_precision_and_recall_are_of_rejected_and_of_faulty():
-    summary = Summary({"figures-a": TeacherSummary()}, truth={"": (20, 2), "loop": (5, 4), "wrong": (5, 3)})
+    summary = StoreYield({"figures-a": TeacherYield()}, truth={"": (20, 2), "loop": (5, 4), "wrong": (5, 3)})
     assert precision_and_recall(summary) == (7 / 9, 7 / 10)
 
 
@@ -169,7 +177,7 @@ def test_duplicates_are_not_what_verification_caught(tmp_path):
     said = {"a": [trace(LONG, injected="harmless"), trace(LONG, injected="harmless")]}
     found = store_of(tmp_path, said)
     assert found["a", 1]["rejected_by"] == ["duplicate"]
-    assert summarize(tmp_path).truth == {"harmless": (2, 0)}
+    assert store_yield(tmp_path).truth == {"harmless": (2, 0)}
 
 
 def test_a_hint_and_a_repeat_are_parts_of_what_a_trace_is(tmp_path):
@@ -183,42 +191,42 @@ def test_a_hint_and_a_repeat_are_parts_of_what_a_trace_is(tmp_path):
 # Training rows
 
 
-def traced(index: int, question: str, teacher: str = "a", length: int = 0) -> _Trace:
-    return _Trace(index, question, teacher, length)
+def traced(index: int, question: str, teacher: str = "a", length: int = 0) -> TraceChoice:
+    return TraceChoice(index, question, teacher, length)
 
 
 def test_teachers_are_drawn_by_weight_and_no_trace_twice():
     group = [traced(0, "q", "a"), traced(1, "q", "b"), traced(2, "q", "b")]
     weights = {"a": 3.0, "b": 1.0}
-    first = [training._drawn(group, weights, 1, Random(seed))[0].teacher for seed in range(400)]
+    first = [choice.draw_by_teacher(group, weights, 1, Random(seed))[0].teacher for seed in range(400)]
     assert 270 < first.count("a") < 330  # 300, four standard deviations of 8.7
     for seed in range(20):
-        assert sorted(each.index for each in training._drawn(group, weights, 5, Random(seed))) == [0, 1, 2]
+        assert sorted(each.index for each in choice.draw_by_teacher(group, weights, 5, Random(seed))) == [0, 1, 2]
 
 
 def test_what_is_drawn_hangs_on_the_seed_and_what_answers_directly_does_not():
-    config = TraceArguments(traces="store", direct_share=0.5)
     group = [traced(2 * question + place, f"q{question}", "ab"[place]) for question in range(40) for place in range(2)]
     weights = {"a": 1.0, "b": 1.0}
-    first, second = (training._chosen(group, weights, config, seed) for seed in (0, 1))
+    first, second = (choice.choose(group, weights, 1, 0.5, seed) for seed in (0, 1))
     assert [trace.index for trace, _ in first] != [trace.index for trace, _ in second]
     assert [direct for _, direct in first] == [direct for _, direct in second]
     assert 10 < sum(direct for _, direct in first) < 30
-    parts = training._split(group, 0.25, seed=0)
+    parts = choice.split_by_question(group, 0.25, seed=0)
     sides = [{trace.sample_id for trace in parts[held_out]} for held_out in (False, True)]
     assert not sides[0] & sides[1] and 2 <= len(sides[1]) <= 20 < len(sides[0])
-    assert [trace.sample_id for trace in training._split(group, 0.25, seed=1)[True]] != [
+    assert [trace.sample_id for trace in choice.split_by_question(group, 0.25, seed=1)[True]] != [
         t.sample_id for t in parts[True]
     ]
 
 
 def test_an_epoch_is_a_random_part_and_a_curriculum_grows():
-    chosen = [(traced(index, f"q{index}", length=(7 * index) % 30), index % 3 == 0) for index in range(30)]
-    plain = TraceArguments(traces="store")
-    part = training._plan(list(chosen), plain, 0, 10)
+    chosen = [
+        choice.PlannedRow(traced(index, f"q{index}", length=(7 * index) % 30), index % 3 == 0) for index in range(30)
+    ]
+    part = choice.order_epoch(list(chosen), "none", 0, 10)
     indices = [trace.index for trace, _ in part]
     assert len(part) == 10 and indices == sorted(indices) != list(range(10))
-    growing = training._plan(list(chosen), TraceArguments(traces="store", curriculum="length"), 0, None)
+    growing = choice.order_epoch(list(chosen), "length", 0, None)
     lengths = [trace.length for trace, direct in growing if not direct]
     assert lengths == sorted(lengths) and len(set(lengths)) > 5
     direct = [place for place, (_, direct) in enumerate(growing) if direct]
@@ -226,7 +234,7 @@ def test_an_epoch_is_a_random_part_and_a_curriculum_grows():
 
 
 def test_choices_are_lettered_from_a():
-    assert training.asked({"question": "Which?", "choices": ["tea", "milk"]}) == "Which?\nA. tea\nB. milk"
+    assert training.student_question({"question": "Which?", "choices": ["tea", "milk"]}) == "Which?\nA. tea\nB. milk"
 
 
 @pytest.mark.parametrize("given", ["a=0", "a=-1", "a=x"])
@@ -247,7 +255,7 @@ def test_a_rationale_of_the_bound_is_trained_on(length):
 
 
 def test_direct_rows_answer_with_the_gold_answer_and_do_not_think(tmp_path):
-    teacher = training._Teacher("a", tmp_path, None)
+    teacher = training._TeacherSource("a", tmp_path, None)
     row = {"golds": ["red"], "answer": "Red.", "rationale": "It is red.", "question": "?", "choices": [], "images": []}
     direct, whole = (teacher.conversation({**row, "direct": each}) for each in (True, False))
     assert direct.texts("assistant") == ["<think></think><answer>red</answer>"]
@@ -260,22 +268,25 @@ def test_direct_rows_answer_with_the_gold_answer_and_do_not_think(tmp_path):
 
 
 def test_money_counts_reading_and_writing_at_their_prices_a_million():
-    budget = Budget(money=1.0, price_in=2.0, price_out=10.0, max_new_tokens=100)
-    asyncio.run(budget.settle(Said("", prompt_tokens=200_000, completion_tokens=30_000)))
+    budget = Budget(BudgetLimits(max_cost=1.0, price_in=2.0, price_out=10.0), max_new_tokens=100)
+    asyncio.run(budget.spend(TeacherReply("", prompt_tokens=200_000, completion_tokens=30_000)))
     assert budget.spent_money == pytest.approx(0.4 + 0.3)
     assert (budget.spent_in, budget.spent_out) == (200_000, 30_000)
 
 
 def test_a_request_is_granted_while_the_longest_reply_fits():
     async def reserved() -> list[int]:
-        budget = Budget(tokens=1000, max_new_tokens=100)
-        budget.carry_over(200, 0, 2)  # 100 tokens read a reply
+        budget = Budget(BudgetLimits(max_tokens=1000), max_new_tokens=100)
+        budget.carry_over(TokensSpent(200, 0, 2))  # 100 tokens read a reply
         granted = [await budget.reserve(9)]  # 800 are left: four replies of 200
         for read in (100, 0, 0, 0):
-            await budget.settle(Said("", prompt_tokens=read, completion_tokens=read // 2) if read else None)
+            if read:
+                await budget.spend(TeacherReply("", prompt_tokens=read, completion_tokens=read // 2))
+            else:
+                await budget.release()
         granted.append(await budget.reserve(9))  # 650 are left
         for _ in range(granted[-1]):
-            await budget.settle(None)
+            await budget.release()
         budget.count(600, 0)
         return [*granted, await budget.reserve(1)]
 
@@ -283,7 +294,7 @@ def test_a_request_is_granted_while_the_longest_reply_fits():
 
 
 def test_pictures_are_kept_where_they_shall_be(tmp_path, make_image):
-    question = TraceQuestion("a", "?", ("7",), sources=(Picture.encode(make_image(0)),))
+    question = TraceQuestion("a", "?", ("7",), sources=(EncodedPicture.encode(make_image(0)),))
     for embed in (True, False):
         with TraceStore(tmp_path / str(embed)) as store:
             Run(Scripted({"a": [trace("x")]}), Prompts(), store, Verification(), embed=embed, progress=False).over(
@@ -309,9 +320,9 @@ def test_a_hint_is_a_part_of_the_id_whatever_the_prompt(tmp_path):
     ("made", "size"), [(999, "n<1K"), (1000, "1K<n<10K"), (9_999, "1K<n<10K"), (10_000, "10K<n<100K")]
 )
 def test_the_card_says_how_large_a_store_is(tmp_path, monkeypatch, made, size):
-    monkeypatch.setattr(card, "summarize", lambda folder: Summary({"a": TeacherSummary(made=made, kept=made)}))
+    monkeypatch.setattr(card, "store_yield", lambda folder: StoreYield({"a": TeacherYield(made=made, kept=made)}))
     hinted = {"teacher": "a", "revision": "1", "prompt": "p", "sampling": "{}", "hinted": True}
-    monkeypatch.setattr(card, "rows", lambda folder, columns: [hinted, {**hinted, "hinted": False}])
+    monkeypatch.setattr(card, "sealed_traces", lambda folder, columns: [hinted, {**hinted, "hinted": False}])
     (tmp_path / "settings.json").write_text("{}")
     text = card.write_card(tmp_path).read_text(encoding="utf-8")
     assert f"size_categories:\n- {size}\n" in text and f"{made} traces" in text
@@ -339,7 +350,7 @@ def test_neither_the_journal_nor_anything_else_is_pushed(tmp_path, monkeypatch):
 def test_faults_of_the_oracle_hang_on_its_seed_and_on_the_repeat():
     def injected(seed: int, repeat: int) -> list[str]:
         teacher = FiguresTeacher("terse", error_rate=0.5, seed=seed)
-        asked = [Asked(question, [], "?", repeat) for question in figure_questions(20)]
+        asked = [TeacherRequest(question, [], "?", repeat) for question in figure_questions(20)]
         return [said.injected for said in asyncio.run(teacher.generate(asked))]
 
     first = injected(0, 0)
@@ -355,7 +366,7 @@ def test_a_key_is_not_carried_to_where_a_server_points():
             sent.update(options)
             raise OSError("not asked at all")
 
-    teacher = ServerTeacher(ServerSettings("model", attempts=1))
+    teacher = ServerTeacher("model", ServerSettings(attempts=1))
     teacher._session = Session()
     with pytest.raises(OSError, match="not asked"):
         asyncio.run(teacher._post("http://somewhere/v1", b"{}"))

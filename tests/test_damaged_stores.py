@@ -12,10 +12,10 @@ from chat_server import serving
 from test_hostile_servers import GOOD, RULES, ask, nested, rows_of, teacher_at
 from test_traces import blank
 
-from siq_vl.distill.selection import Selection, settle
-from siq_vl.distill.teachers.base import Said, Teacher
+from siq_vl.distill.selection import Selection, update_verdicts
+from siq_vl.distill.teachers.base import Teacher, TeacherReply
 from siq_vl.distill.traces import TraceStore, read_traces
-from siq_vl.distill.yields import summarize
+from siq_vl.distill.yields import store_yield
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ class Silly(Teacher):
         return {}
 
     async def generate(self, asked):
-        return [Said(GOOD + "\ud800", "\udfff", 2**63) for _ in asked]
+        return [TeacherReply(GOOD + "\ud800", "\udfff", 2**63) for _ in asked]
 
 
 def test_what_no_shard_can_hold_is_refused_before_it_is_written(tmp_path):
@@ -73,10 +73,10 @@ def test_a_poisoned_journal_heals_itself_and_keeps_the_words(name, tmp_path, cap
     journal_of(tmp_path, line(1) + line(2, **{name: POISON[name]}) + line(3))
     with TraceStore(tmp_path) as store:
         assert store.trace_ids() == {1, 2, 3}
-        settle(store, RULES, Selection())
+        update_verdicts(store, RULES, Selection())
     assert "1 traces had fields that no shard can hold; they are mended" in caplog.text
     assert [row["output"] for row in rows_of(tmp_path)] == ["words 1", "words 2", "words 3"]
-    assert summarize(tmp_path).made == 3
+    assert store_yield(tmp_path).made == 3
     assert not (tmp_path / "journal" / "unreadable.txt").exists()
 
 

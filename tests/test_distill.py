@@ -20,7 +20,7 @@ from siq_vl.data.figures.dataset import STYLES, sample
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import figure_questions
-from siq_vl.distill.selection import Selection, announce, settle
+from siq_vl.distill.selection import Selection, record_rules, update_verdicts
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.traces import TraceStore, read_traces
 from siq_vl.distill.training_rows import DIRECT, TraceArguments, training_traces
@@ -41,12 +41,12 @@ QUESTIONS = 60
 def write_store(folder: Path, styles=STYLES, count: int = QUESTIONS, **options) -> Path:
     rules = Verification()
     with TraceStore(folder) as store:
-        announce(store, rules)
+        record_rules(store, rules)
         for style in styles:
             Run(FiguresTeacher(style, **options), Prompts(), store, rules, progress=False).over(
                 figure_questions(count, seed=3)
             )
-        settle(store, rules, Selection(duplicates="none"))
+        update_verdicts(store, rules, Selection(duplicates="none"))
     return folder
 
 

@@ -19,7 +19,7 @@ from siq_vl.data.packing import PackingCollator
 from siq_vl.data.preprocessing import DropLog
 from siq_vl.data.remote import download_image, is_public
 from siq_vl.distill.training_rows import Descriptions
-from siq_vl.distill.verification import Trace, Verification, read
+from siq_vl.distill.verification import RuleInput, Verification
 from siq_vl.processing_siq_vl import SiQVLProcessor, load_rgb
 
 # Addresses
@@ -129,8 +129,7 @@ def test_samples_of_a_packed_row_keep_to_their_own_sliding_window():
 
 
 def verdict(output: str, golds: tuple[str, ...] = (), *, kind: str = "open", choices=(), hinted=False, **rules):
-    parsed, tokens = read(output)
-    trace = Trace("What is it?", golds, kind, choices, output, "stop", hinted, "", parsed, tokens)
+    trace = RuleInput("What is it?", golds, kind, choices, output, "stop", hinted, "")
     return Verification(**{"language": "", **rules}).judge(trace)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from siq_vl.ablation import results as ablations
 from siq_vl.distill import store_page as traces_page
-from siq_vl.distill.yields import Summary, TeacherSummary
+from siq_vl.distill.yields import StoreYield, TeacherYield
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.report import write_report
@@ -79,8 +79,8 @@ def test_page_of_traces(tmp_path, monkeypatch):
     }
     row |= {"images": [{"bytes": b"no picture"}], "golds": [hostile("gold")], "hinted": True, "verdict": "rejected"}
     row["rejected_by"] = [hostile("rule")]
-    summary = Summary(teachers={hostile("teacher"): TeacherSummary(made=1)})
-    monkeypatch.setattr(traces_page, "summarize", lambda folder: summary)
+    summary = StoreYield(teachers={hostile("teacher"): TeacherYield(made=1)})
+    monkeypatch.setattr(traces_page, "store_yield", lambda folder: summary)
     monkeypatch.setattr(traces_page, "gallery", lambda folder, verdict, count: [row])
     page = traces_page.write_page(tmp_path, tmp_path / "page.html").read_text(encoding="utf-8")
     check(page, "question", "teacher", "rationale", "answer", "injected", "gold", "rule")

@@ -12,14 +12,13 @@ from PIL import Image
 from siq_vl.ablation.jobs import Job, Jobs
 from siq_vl.data.conversations import Conversation, message
 from siq_vl.data.feature_cache.pictures import Picture, encode
-from siq_vl.data.feature_cache.store import FeatureStore, FeatureWriter, Layout
+from siq_vl.data.feature_cache.store import FeatureLayout, FeatureStore, FeatureWriter
 from siq_vl.data.images import decode_image
 from siq_vl.data.mixtures import build_mixture
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
-from siq_vl.distill.questions import Picture as Asked
-from siq_vl.distill.questions import TraceQuestion
-from siq_vl.distill.teachers.base import Said, Teacher
+from siq_vl.distill.questions import EncodedPicture, TraceQuestion
+from siq_vl.distill.teachers.base import Teacher, TeacherReply
 from siq_vl.distill.traces import TraceStore
 from siq_vl.distill.verification import Verification
 from siq_vl.evaluation.items import items_of
@@ -38,13 +37,14 @@ class Mute(Teacher):
     async def generate(self, asked):
         texts = ["", "<think>it is red</think><answer>red</answer>"]
         return [
-            Said(texts[len(one.question.id) % 2], error="" if len(one.question.id) % 2 else "lost") for one in asked
+            TeacherReply(texts[len(one.question.id) % 2], error="" if len(one.question.id) % 2 else "lost")
+            for one in asked
         ]
 
 
 def test_failed_traces_are_counted_by_what_failed(tmp_path):
     questions = [TraceQuestion("a" * count, "What?") for count in (1, 2, 4)]
-    questions.append(TraceQuestion("b", "What?", sources=(Asked(b"no picture"),)))
+    questions.append(TraceQuestion("b", "What?", sources=(EncodedPicture(b"no picture"),)))
     with TraceStore(tmp_path) as store:
         progress = Run(Mute(), Prompts(), store, Verification(language=""), progress=False).over(questions)
     assert (progress.made, progress.failed, progress.skipped) == (4, 3, 0)
@@ -125,7 +125,7 @@ def test_stored_features_take_the_tokens_of_the_pictures_height_and_width(size, 
     processor.image_processor.size, processor.max_tiles = {"height": 4 * patch, "width": 2 * patch}, 8
     image, text = make_image(size=size), "<|image_pad|> What?"
     wanted = processor(images=[image], text=[text], add_special_tokens=False)
-    layout = Layout(4, 2, 8, "float32")
+    layout = FeatureLayout(4, 2, 8, "float32")
     store = FeatureStore(tmp_path, layout)
     with FeatureWriter(tmp_path, layout) as writer:
         tiles = layout.pack(torch.zeros(len(wanted["pixel_values"]), 8, 8))

@@ -28,7 +28,7 @@ from siq_vl.data.feature_cache import build as features_build
 from siq_vl.data.feature_cache import store as features_store
 from siq_vl.data.feature_cache.build import FeatureArguments, cached_rows, store_of, what_features_depend_on
 from siq_vl.data.feature_cache.pictures import Picture, Pictures, with_pictures
-from siq_vl.data.feature_cache.store import ENTRY, FeatureStore, FeatureWriter, Layout
+from siq_vl.data.feature_cache.store import ENTRY, FeatureLayout, FeatureStore, FeatureWriter
 from siq_vl.data.images import decode_image
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.planning.plan import plan
@@ -37,7 +37,7 @@ from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import make_trainer, mixture_for_stage
 from siq_vl.training.starting_model import load_for_stage
 
-LAYOUT = Layout(2, 3, 8, "float32")
+LAYOUT = FeatureLayout(2, 3, 8, "float32")
 
 pytestmark = pytest.mark.usefixtures("own_precision")
 
@@ -46,12 +46,12 @@ def key(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-def features(number: int, tiles: int = 1, layout: Layout = LAYOUT) -> torch.Tensor:
+def features(number: int, tiles: int = 1, layout: FeatureLayout = LAYOUT) -> torch.Tensor:
     generator = torch.Generator().manual_seed(number)
     return torch.randn(tiles, layout.rows * layout.columns, layout.width, generator=generator)
 
 
-def write(folder: Path, numbers, layout: Layout = LAYOUT, tiles: int = 1) -> None:
+def write(folder: Path, numbers, layout: FeatureLayout = LAYOUT, tiles: int = 1) -> None:
     with FeatureWriter(folder, layout) as writer:
         for number in numbers:
             writer.add(key(number), (10, number), layout.pack(features(number, tiles, layout)))
@@ -62,7 +62,7 @@ def write(folder: Path, numbers, layout: Layout = LAYOUT, tiles: int = 1) -> Non
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("bfloat16", 2**-8), ("int8", 0.02)])
 def test_what_is_stored_is_read_back(dtype, error, tmp_path):
-    layout = Layout(2, 3, 8, dtype)
+    layout = FeatureLayout(2, 3, 8, dtype)
     store = FeatureStore(tmp_path, layout)
     write(tmp_path, range(5), layout, tiles=3)
     store.refresh()
@@ -134,7 +134,7 @@ def test_a_live_writer_keeps_what_it_has_not_flushed(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
-    layout = Layout(32, 32, 64, "bfloat16")  # 128 KiB a picture
+    layout = FeatureLayout(32, 32, 64, "bfloat16")  # 128 KiB a picture
     store = FeatureStore(tmp_path, layout)
     packed = layout.pack(features(0, 1, layout))
     with FeatureWriter(tmp_path, layout) as writer:

@@ -17,11 +17,11 @@ from PIL import Image
 from siq_vl.distill import questions as questions_module
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
-from siq_vl.distill.questions import ImagePolicy, LeftOut, Picture, TraceQuestion, file_questions
-from siq_vl.distill.teachers.base import Said, Teacher
+from siq_vl.distill.questions import EncodedPicture, ImagePolicy, LeftOut, TraceQuestion, file_questions
+from siq_vl.distill.teachers.base import Teacher, TeacherReply
 from siq_vl.distill.traces import TraceStore
 from siq_vl.distill.verification import Verification
-from siq_vl.distill.yields import rows
+from siq_vl.distill.yields import sealed_traces
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"question": "What?", "answer": "red"}
@@ -189,7 +189,7 @@ def test_the_command_asks_every_good_row_and_says_what_it_left_out(root, tmp_pat
         assert server.counts["requests"] == 2 + len(BAD)
     assert not (store / "left_out.jsonl").exists()
     assert caplog.text.count("is left out") == 5  # the file names them all
-    found = {row["sample_id"]: row for row in rows(store, ["sample_id", "error", "verdict", "rejected_by"])}
+    found = {row["sample_id"]: row for row in sealed_traces(store, ["sample_id", "error", "verdict", "rejected_by"])}
     assert len(found) == 2 + len(UNSEEN) + len(BAD)
     assert found["last"]["verdict"] == "kept" and not found["first"]["error"]
     for place, (name, (_, reason)) in enumerate(UNSEEN.items(), 2 + len(BAD)):
@@ -282,7 +282,8 @@ class Answers(Teacher):
 
     async def generate(self, asked):
         return [
-            Said("<think>It is red.</think><answer>red</answer>", prompt_tokens=1, completion_tokens=1) for _ in asked
+            TeacherReply("<think>It is red.</think><answer>red</answer>", prompt_tokens=1, completion_tokens=1)
+            for _ in asked
         ]
 
 
@@ -295,8 +296,8 @@ def test_a_question_that_no_prompt_fits_is_a_verdict(tmp_path):
     ]
     with TraceStore(tmp_path) as store:
         run = Run(Answers(), Prompts(hint=True), store, Verification(language=""), progress=False)
-        assert run.over([*questions, TraceQuestion("4", "What?", ("red",), sources=(Picture(b""),))]).made == 4
-    errors = {row["sample_id"]: row["error"] for row in rows(tmp_path, ["sample_id", "error"])}
+        assert run.over([*questions, TraceQuestion("4", "What?", ("red",), sources=(EncodedPicture(b""),))]).made == 4
+    errors = {row["sample_id"]: row["error"] for row in sealed_traces(tmp_path, ["sample_id", "error"])}
     assert not errors["1"]
     assert errors["2"].startswith("prompt: question 2 has no gold answer")
     assert errors["3"].startswith("prompt: question 3 does not fit the template")

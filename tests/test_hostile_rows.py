@@ -32,9 +32,9 @@ from siq_vl.data.feature_cache.build import FeatureArguments, cached_rows
 from siq_vl.data.filters import Duplicates
 from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.packing import PackingCollator
-from siq_vl.data.preprocessing import DropLog, Reader
+from siq_vl.data.preprocessing import DropLog, Preprocessor
 from siq_vl.data.sources import Source, SourceConfig
-from siq_vl.distill.traces import FEATURES
+from siq_vl.distill.schema import FEATURES
 from siq_vl.distill.training_rows import TraceArguments, training_traces
 from siq_vl.training.recipes import DataArguments
 
@@ -324,7 +324,7 @@ def test_values_that_json_cannot_hold_cost_their_row_alone(name, folder, tmp_pat
         for kind, value in OBJECTS.items()
     }
     rows = [*kinds.values(), ROWS[name]]
-    reader = Reader(DropLog(1.0, tmp_path / "log"), processor, MAX_LENGTH)
+    reader = Preprocessor(DropLog(1.0, tmp_path / "log"), processor, MAX_LENGTH)
     kept = dict(reader.accepted(source, enumerate(rows), Duplicates()))
     for number, conversation in list(kept.items()):
         try:

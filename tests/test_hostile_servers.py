@@ -12,17 +12,18 @@ from pathlib import Path
 import pytest
 from chat_server import Server, serving
 
-from siq_vl.distill.budget import Budget
+from siq_vl.distill.budget import Budget, BudgetLimits
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import TraceQuestion
-from siq_vl.distill.selection import Selection, announce, settle
+from siq_vl.distill.schema import FEATURES
+from siq_vl.distill.selection import Selection, record_rules, update_verdicts
 from siq_vl.distill.teachers import server as teachers_server
 from siq_vl.distill.teachers.base import Teacher, TeacherLost
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher, _seconds
-from siq_vl.distill.traces import FEATURES, TraceStore
+from siq_vl.distill.traces import TraceStore
 from siq_vl.distill.verification import Verification
-from siq_vl.distill.yields import rows
+from siq_vl.distill.yields import sealed_traces
 
 RULES = Verification(language="")
 GOOD = "<think>The picture asks for 1 + 1. 1 + 1 = 2.</think><answer>2</answer>"
@@ -275,20 +276,21 @@ def teacher_at(url: str | list[str], **settings) -> ServerTeacher:
         "in_flight": 2,
         "sampling": {"max_tokens": 64},
     } | settings
-    return ServerTeacher(ServerSettings("adder", [url] if isinstance(url, str) else url, **settings))
+    sampling = settings.pop("sampling")
+    return ServerTeacher("adder", ServerSettings([url] if isinstance(url, str) else url, **settings), sampling=sampling)
 
 
 def ask(folder: Path, teacher: Teacher, questions=QUESTIONS, **options):
     with TraceStore(folder) as store:
-        announce(store, RULES)
+        record_rules(store, RULES)
         progress = Run(teacher, Prompts(), store, RULES, progress=False, **options).over(questions)
-        settle(store, RULES, Selection())
+        update_verdicts(store, RULES, Selection())
     return progress
 
 
 def rows_of(folder: Path) -> list[dict]:
     """Every sealed trace, pictures left out; without `datasets`, whose cache costs more than all the rest."""
-    return list(rows(folder, [name for name in FEATURES if name != "images"]))
+    return list(sealed_traces(folder, [name for name in FEATURES if name != "images"]))
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +322,7 @@ def survives(folder: Path, act: Act, sane: tuple[Server, str], *, read: bool, **
     with TraceStore(folder) as store:
         assert store.drop_failed() == (0 if read else 2)
         Run(teacher_at(url), Prompts(), store, RULES, progress=False).over(QUESTIONS)
-        settle(store, RULES, Selection())
+        update_verdicts(store, RULES, Selection())
         assert len(store.trace_ids()) == 2
     assert server.counts["requests"] - before == (0 if read else 2)
     return left
@@ -493,15 +495,15 @@ def test_a_server_that_hides_what_it_took_spends_the_budget_all_the_same(kind, t
     questions = [TraceQuestion(f"sum-{number}", "How much is 1 + 1?", ("2",)) for number in range(30)]
 
     def budgeted() -> tuple[Budget, str]:
-        budget = Budget(4 * (1024 + 64), max_new_tokens=64)
+        budget = Budget(BudgetLimits(4 * (1024 + 64)), max_new_tokens=64)
         with TraceStore(tmp_path) as store:
-            budget.carry_over(*store.spent("adder"))
+            budget.carry_over(store.spent("adder"))
         return budget, ask(tmp_path, teacher_at(url), questions, budget=budget).ended
 
     with serving(Hostile(READ[kind])) as (hostile, url):
         budget, ended = budgeted()
         asked = hostile.counts["requests"]
         assert ended == "budget" and 4 <= asked < 30
-        assert budget.spent_in + budget.spent_out <= budget.tokens
+        assert budget.spent_in + budget.spent_out <= budget.limits.max_tokens
         again, ended = budgeted()  # and what was hidden is remembered
     assert (ended, hostile.counts["requests"]) == ("budget", asked)

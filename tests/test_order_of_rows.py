@@ -14,13 +14,13 @@ from PIL import Image
 from siq_vl.data import sources
 from siq_vl.data.conversations import Conversation, Dropped, message, with_markers
 from siq_vl.data.feature_cache.pictures import Pictures
-from siq_vl.data.feature_cache.store import ENTRY, FeatureStore, FeatureWriter, Layout
+from siq_vl.data.feature_cache.store import ENTRY, FeatureLayout, FeatureStore, FeatureWriter
 from siq_vl.data.filters import Duplicates, FilterConfig, filtered
 from siq_vl.data.mixtures import MixtureConfig, build_mixture
 from siq_vl.data.preprocessing import DropLog
 from siq_vl.data.sources import Source, SourceConfig
 
-LAYOUT = Layout(2, 2, 8, "float32")
+LAYOUT = FeatureLayout(2, 2, 8, "float32")
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_a_key_is_found_by_both_of_its_halves(tmp_path):
 
 def test_small_numbers_keep_their_scale(tmp_path):
     """int8 has a scale for each patch, and rounds."""
-    layout = Layout(2, 2, 8, "int8")
+    layout = FeatureLayout(2, 2, 8, "int8")
     features = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
     features *= torch.tensor([1e-3, 1.0, 1e3, 0.0])[None, :, None]
     read = layout.unpack(torch.from_numpy(layout.pack(features))).reshape(2, 4, 8)

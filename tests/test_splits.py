@@ -10,7 +10,7 @@ from conftest import REPO_ROOT
 
 from siq_vl.data import mixtures
 from siq_vl.data.figures import dataset, rows
-from siq_vl.data.figures.dataset import Sample, content_split, sample
+from siq_vl.data.figures.dataset import FigureSample, content_split, sample
 from siq_vl.data.figures.documents import Receipt
 from siq_vl.data.figures.figure import Question
 from siq_vl.data.mixtures import MixtureConfig, build_mixture
@@ -127,7 +127,7 @@ def test_stage_0_knows_the_words_of_the_train_split(monkeypatch):
 
     def scripted(split, index, **options):
         splits.add(split)
-        return Sample("", Receipt((("tea", 7),)), None)
+        return FigureSample("", Receipt((("tea", 7),)), None)
 
     monkeypatch.setattr(dataset, "sample", scripted)
     assert vision.figure_words() == sorted({*map(str, range(100)), "tea"})

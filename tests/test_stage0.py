@@ -7,7 +7,7 @@ from conftest import REPO_ROOT
 from transformers import SiglipImageProcessor
 
 from siq_vl.data.figures.charts import ColumnChart, RowChart
-from siq_vl.data.figures.dataset import Sample, sample
+from siq_vl.data.figures.dataset import FigureSample, sample
 from siq_vl.data.figures.documents import Plate, Signs
 from siq_vl.data.figures.drawing import CELL
 from siq_vl.data.figures.scenes import Scene
@@ -74,8 +74,8 @@ def test_batches_of_like_length_come_in_any_order(backbone_tokenizer):
 def test_cells_are_row_by_row_and_hold_what_is_drawn_there():
     """A cell is wherever the picture changes with its fact."""
     word_ids = {"top-right": 0, "ball": 1, "red": 2, "Jan": 3, "7": 4}
-    scene = Sample("a", Scene((("ball", "red", "top-right"),)), None)
-    chart = Sample("b", ColumnChart((("Jan", 7),)), None)
+    scene = FigureSample("a", Scene((("ball", "red", "top-right"),)), None)
+    chart = FigureSample("b", ColumnChart((("Jan", 7),)), None)
     targets = vision.cell_words([scene, chart], word_ids)
     assert targets.shape == (2, 16, 5)
     assert targets[0].nonzero()[:, 0].unique().tolist() == [2, 3, 6, 7]
@@ -88,7 +88,7 @@ def test_cells_are_row_by_row_and_hold_what_is_drawn_there():
         Plate("red", "A", 17): Plate("red", "A", 82),
     }
     for figure, other in others.items():
-        pictures = [np.asarray(Sample("same", each, None).image).astype(int) for each in (figure, other)]
+        pictures = [np.asarray(FigureSample("same", each, None).image).astype(int) for each in (figure, other)]
         changed = np.abs(pictures[0] - pictures[1]).sum(-1)
         for (row, column), fact in figure.cells().items():
             cell = changed[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
@@ -115,7 +115,7 @@ def test_the_towers_loss_is_summed_over_words_and_averaged_over_cells():
 
 
 def test_read_accuracy_is_of_whole_labelled_cells(monkeypatch):
-    samples = [Sample("a", Scene((("ball", "red", "top-left"),)), None)]
+    samples = [FigureSample("a", Scene((("ball", "red", "top-left"),)), None)]
     words = ["ball", "red", "top-left", "star"]
     logits = torch.full((1, 16, 4), -1.0)
     logits[0, [0, 1, 4], :3] = 1.0  # three of the four cells in full

@@ -11,15 +11,16 @@ import torch
 from conftest import REPO_ROOT
 
 from siq_vl.ablation import jobs
-from siq_vl.data.feature_cache.store import FeatureStore, FeatureWriter, Layout, _replace
+from siq_vl.data.feature_cache.store import FeatureLayout, FeatureStore, FeatureWriter, _replace
 from siq_vl.distill import traces
-from siq_vl.distill.traces import FEATURES, TraceStore, write_text
+from siq_vl.distill.schema import FEATURES
+from siq_vl.distill.traces import TraceStore, write_text
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.pretraining import loop
 from siq_vl.training import checkpoints, resume, trainer
 
-LAYOUT = Layout(2, 2, 8, "float32")
+LAYOUT = FeatureLayout(2, 2, 8, "float32")
 
 
 class Killed(BaseException):

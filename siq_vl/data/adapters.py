@@ -17,7 +17,7 @@ RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
 
-class Origin(Protocol):
+class SourceInfo(Protocol):
     """What an adapter may ask of the source."""
 
     split: str
@@ -27,10 +27,10 @@ class Origin(Protocol):
         """Return the first name that is a file of the source, or the first of all."""
 
 
-Adapter = Callable[[Mapping, Origin], Conversation]
+Adapter = Callable[[Mapping, SourceInfo], Conversation]
 
 
-def finevision(row: Mapping, origin: Origin) -> Conversation:
+def finevision(row: Mapping, source: SourceInfo) -> Conversation:
     """FineVision, any subset, and The Cauldron: `images`, `texts` of `user` and `assistant`, ratings turn by turn."""
     images = as_items(field(row, "images"))
     turns = []
@@ -41,7 +41,7 @@ def finevision(row: Mapping, origin: Origin) -> Conversation:
     return Conversation(images, with_markers(_strings(turns), len(images)), ratings)
 
 
-def llava(row: Mapping, origin: Origin) -> Conversation:
+def llava(row: Mapping, source: SourceInfo) -> Conversation:
     """LLaVA-Instruct-150k and everything in its format: `image` (a name, several, or none), `conversations`."""
     images = as_items(row.get("image") if row.get("image") is not None else row.get("images"))
     turns = []
@@ -52,7 +52,7 @@ def llava(row: Mapping, origin: Origin) -> Conversation:
     return Conversation(images, with_markers(_strings(turns), len(images)))
 
 
-def trl(row: Mapping, origin: Origin) -> Conversation:
+def trl(row: Mapping, source: SourceInfo) -> Conversation:
     """TRL's formats: `images` or `image`, with `messages` or with `prompt` and `completion`, conversational or plain."""
     images = as_items(row.get("images") if row.get("images") is not None else row.get("image"))
     if row.get("messages") is not None:
@@ -74,12 +74,12 @@ def trl(row: Mapping, origin: Origin) -> Conversation:
     return Conversation(inline or images, plain, template_options=options)
 
 
-def scienceqa(row: Mapping, origin: Origin) -> Conversation:
+def scienceqa(row: Mapping, source: SourceInfo) -> Conversation:
     """ScienceQA, the authors' `problems.json` or the Hub's: question, hint and lettered choices; the letter answers."""
     image = row.get("image") or None
     if isinstance(image, str) and "id" in row:
-        split, number = as_text(row.get("split", origin.split), "split"), as_text(row["id"], "id")
-        image = origin.find([f"{split}/{number}/{image}", f"{number}/{image}"])
+        split, number = as_text(row.get("split", source.split), "split"), as_text(row["id"], "id")
+        image = source.find([f"{split}/{number}/{image}", f"{number}/{image}"])
     choices = texts_of(field(row, "choices"), "choices")
     lines = [as_text(field(row, "question"), "question"), as_text(row.get("hint"), "hint")]
     lines += [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
@@ -88,64 +88,64 @@ def scienceqa(row: Mapping, origin: Origin) -> Conversation:
     if not 0 <= place < min(len(choices), len(ascii_uppercase)):
         raise Dropped("empty answer", f"answer {answer!r} of {len(choices)} choices", defect=True)
     question = "\n".join(line for line in lines if line)
-    return _answered(image, question, ascii_uppercase[place], origin)
+    return _answered(image, question, ascii_uppercase[place], source)
 
 
-def textvqa(row: Mapping, origin: Origin) -> Conversation:
+def textvqa(row: Mapping, source: SourceInfo) -> Conversation:
     """TextVQA, the authors' JSON (`image_id` names the file) or the Hub's: ten answers, of which the commonest trains."""
     image = row.get("image")
     if image is None:
         name = as_text(field(row, "image_id"), "image_id")
-        image = origin.find([f"{name}.jpg", f"train_images/{name}.jpg", f"test_images/{name}.jpg"])
-    return _answered(image, field(row, "question"), commonest(as_list(field(row, "answers"), "answers")), origin)
+        image = source.find([f"{name}.jpg", f"train_images/{name}.jpg", f"test_images/{name}.jpg"])
+    return _answered(image, field(row, "question"), commonest(as_list(field(row, "answers"), "answers")), source)
 
 
-def chartqa(row: Mapping, origin: Origin) -> Conversation:
+def chartqa(row: Mapping, source: SourceInfo) -> Conversation:
     """ChartQA, the authors' JSON (`imgname`) or the Hub's (`image`): `query` and `label`."""
     image = row.get("image")
     if image is None:
         name = as_text(field(row, "imgname"), "imgname")
-        image = origin.find([name, f"png/{name}"])
-    return _answered(image, field(row, "query"), commonest(as_items(field(row, "label"))), origin)
+        image = source.find([name, f"png/{name}"])
+    return _answered(image, field(row, "query"), commonest(as_items(field(row, "label"))), source)
 
 
-def cocoqa(row: Mapping, origin: Origin) -> Conversation:
+def cocoqa(row: Mapping, source: SourceInfo) -> Conversation:
     """COCO-QA: `question`, `answer`, and the number of a COCO picture, whose file bears one of two kinds of name."""
     image = row.get("image")
     if image is None:
         number = as_whole(field(row, "img_id"), "img_id")
-        year = "train2014" if origin.split == "train" else "val2014"
+        year = "train2014" if source.split == "train" else "val2014"
         names = [f"COCO_{year}_{number:012}.jpg", f"{number:012}.jpg"]
-        image = origin.find([*names, f"{year}/{names[0]}"])
-    return _answered(image, field(row, "question"), field(row, "answer"), origin)
+        image = source.find([*names, f"{year}/{names[0]}"])
+    return _answered(image, field(row, "question"), field(row, "answer"), source)
 
 
-def ocrvqa(row: Mapping, origin: Origin) -> Conversation:
+def ocrvqa(row: Mapping, source: SourceInfo) -> Conversation:
     """OCR-VQA, the authors' `dataset.json` or the Hub's: several `questions` and `answers` on one book cover."""
     image = row.get("image")
     if image is None:
         name, address = as_text(field(row, "id"), "id"), as_text(row.get("imageURL", ".jpg"), "imageURL")
         endings = dict.fromkeys((address.rpartition(".")[2], "jpg", "png", "gif"))
-        image = origin.find([path for end in endings for path in (f"{name}.{end}", f"images/{name}.{end}")])
+        image = source.find([path for end in endings for path in (f"{name}.{end}", f"images/{name}.{end}")])
     questions, answers = (as_list(field(row, name), name) for name in ("questions", "answers"))
     if len(questions) != len(answers):
         raise bad_row(f"it has {len(questions)} questions and {len(answers)} answers, where each needs the other")
     turns: list[tuple[str, Any]] = []
     for question, answer in zip(questions, answers, strict=True):
         turns += [("user", question), ("assistant", answer)]
-    return Conversation([image], with_markers(_instructed(turns, origin), 1))
+    return Conversation([image], with_markers(_instructed(turns, source), 1))
 
 
-def vqa(row: Mapping, origin: Origin) -> Conversation:
+def vqa(row: Mapping, source: SourceInfo) -> Conversation:
     """DocVQA and the like: `image`, `question`, and `answers` or `answer`; the commonest answer, or the first, trains."""
     answers = as_items(field(row, "answers", "answer"))
-    return _answered(row.get("image"), field(row, "question"), commonest(answers), origin)
+    return _answered(row.get("image"), field(row, "question"), commonest(answers), source)
 
 
-def captions(row: Mapping, origin: Origin) -> Conversation:
+def captions(row: Mapping, source: SourceInfo) -> Conversation:
     """Pictures with a text: `image` (or `file_name`) and `text` (or `caption`); the recipe's `instruction` asks for it."""
     image, text = field(row, "image", "file_name"), as_text(field(row, "text", "caption"), "text")
-    return Conversation([image], [message("user", origin.instruction, 1), message("assistant", text)])
+    return Conversation([image], [message("user", source.instruction, 1), message("assistant", text)])
 
 
 FORMATS: Mapping[str, Adapter] = {
@@ -201,14 +201,14 @@ def commonest(answers: Sequence[Any]) -> str:
     return counts.most_common(1)[0][0] if counts else ""
 
 
-def _answered(image: Any, question: Any, answer: Any, origin: Origin) -> Conversation:
+def _answered(image: Any, question: Any, answer: Any, source: SourceInfo) -> Conversation:
     images = [] if image is None else [image]
-    turns = _instructed([("user", question), ("assistant", answer)], origin)
+    turns = _instructed([("user", question), ("assistant", answer)], source)
     return Conversation(images, with_markers(turns, len(images)))
 
 
-def _instructed(turns: Sequence[tuple[str, Any]], origin: Origin) -> list[tuple[str, str]]:
-    after = f"\n{origin.instruction}" if origin.instruction else ""
+def _instructed(turns: Sequence[tuple[str, Any]], source: SourceInfo) -> list[tuple[str, str]]:
+    after = f"\n{source.instruction}" if source.instruction else ""
     return [(role, text + after if role == "user" else text) for role, text in _strings(turns)]
 
 

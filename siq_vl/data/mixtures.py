@@ -16,7 +16,7 @@ from siq_vl.data.feature_cache.pictures import Pictures
 from siq_vl.data.figures import rows as figures
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.filters import Duplicates
-from siq_vl.data.preprocessing import DropLog, Reader, Scorer
+from siq_vl.data.preprocessing import DropLog, Preprocessor, Scorer
 from siq_vl.data.scoring import SiglipScorer
 from siq_vl.data.sources import FIGURES, Source, SourceConfig
 from siq_vl.processing_siq_vl import SiQVLProcessor
@@ -170,7 +170,7 @@ def build_mixture(
         if checkpoint is None:
             raise ValueError("min_image_text_score needs a SigLIP checkpoint with both towers: set score_model")
         scorer = SiglipScorer.from_pretrained(checkpoint)
-    reader = Reader(drops, processor, max_length, config.max_image_side, scorer, config.blind)
+    reader = Preprocessor(drops, processor, max_length, config.max_image_side, scorer, config.blind)
     drawn = partial(_drawn, task=task, seed=config.data_seed_offset, blind=config.blind)
     sources = [None if each.path == FIGURES else Source(each, base) for each in config.sources]
     _name_apart(sources)
@@ -186,7 +186,7 @@ def build_mixture(
 class MixedRows:
     """The rows of several sources. See `build_mixture`; None stands for the drawn data set."""
 
-    def __init__(self, sources: Sequence[Source | None], reader: Reader, drawn, config: MixtureConfig):
+    def __init__(self, sources: Sequence[Source | None], reader: Preprocessor, drawn, config: MixtureConfig):
         self.sources, self.reader, self.drawn, self.config = sources, reader, drawn, config
         self.names = [FIGURES if source is None else source.name for source in sources]
         self.kept: list[list[int]] = [[] for _ in sources]

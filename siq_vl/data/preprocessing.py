@@ -102,7 +102,7 @@ class DropLog:
         self.path.write_text(header + "\n", encoding="utf-8")
 
 
-class Origin(Protocol):
+class ConversationSource(Protocol):
     """What rows are read from: a `Source`, or anything else that makes conversations of its rows."""
 
     roots: list[Path]
@@ -116,7 +116,7 @@ class Origin(Protocol):
         """Return a stored row as a conversation."""
 
 
-class Reader:
+class Preprocessor:
     """Makes training rows of what sources store.
 
     Args:
@@ -140,7 +140,7 @@ class Reader:
         self.drops, self.processor, self.max_length = drops, processor, max_length
         self.max_image_side, self.scorer, self.blind = max_image_side, scorer, blind
 
-    def conversation(self, source: Origin, row: Mapping | Unreadable) -> Conversation:
+    def conversation(self, source: ConversationSource, row: Mapping | Unreadable) -> Conversation:
         """Return what checks and filters leave of a row, its pictures not yet opened.
 
         Raises:
@@ -156,7 +156,9 @@ class Reader:
         self._check_length(conversation, None)
         return conversation
 
-    def training_row(self, source: Origin, conversation: Conversation, pictures: Pictures | None = None) -> dict:
+    def training_row(
+        self, source: ConversationSource, conversation: Conversation, pictures: Pictures | None = None
+    ) -> dict:
         """Return a row for `ConversationCollator`: `images` (opened), `messages`, `source`, `chat_template_kwargs`.
 
         With `pictures`, those whose features are stored are not opened.
@@ -173,7 +175,7 @@ class Reader:
             "chat_template_kwargs": dict(conversation.template_options),
         }
 
-    def image(self, image: Any, source: Origin, pictures: Pictures | None = None) -> Any:
+    def image(self, image: Any, source: ConversationSource, pictures: Pictures | None = None) -> Any:
         """Return a picture, opened, or, as a `features.Picture`, found among `pictures`.
 
         Raises:
@@ -257,7 +259,7 @@ class Reader:
             raise Dropped("longer than max_length", f"{count} tokens, max_length={self.max_length}")
 
 
-def _locate(image: Any, source: Origin) -> Path | bytes | str | Image.Image:
+def _locate(image: Any, source: ConversationSource) -> Path | bytes | str | Image.Image:
     """Return where a picture is to be read from: a file, its bytes, an address, or itself.
 
     Raises:

@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from siq_vl.data.figures.dataset import Sample, sample
+from siq_vl.data.figures.dataset import FigureSample, sample
 from siq_vl.data.remote import MAX_BYTES, download_image
 from siq_vl.parsing.answers import KINDS
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("general", "chart", "document", "scene")
+PROMPT_TASKS = ("general", "chart", "document", "scene")
 _FIGURE_TASKS = {"charts": "chart", "documents": "document", "scenes": "scene"}
 _COLUMNS = ("id", "question", "kind", "task", "choices", "answer", "answers", "image", "images")
 _LETTERS = 8  # choices that the prompts can letter
@@ -35,14 +35,14 @@ _MIME = {b"\x89PNG\r\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "i
 
 
 @dataclass(frozen=True)
-class Picture:
+class EncodedPicture:
     """An encoded picture: its bytes as they are, and the path it was read from, if any, below the image root."""
 
     data: bytes
     path: str | None = None
 
     @classmethod
-    def encode(cls, image: Image.Image) -> "Picture":
+    def encode(cls, image: Image.Image) -> "EncodedPicture":
         """Encode a drawn picture as PNG."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
@@ -76,7 +76,7 @@ class TraceQuestion:
         question: the question as put to the teacher.
         golds: the gold answers, possibly none; one right is right.
         kind: how answers are compared, one of `answers.KINDS`.
-        task: which prompt is used, one of `TASKS`.
+        task: which prompt is used, one of `PROMPT_TASKS`.
         choices: the texts of a multiple choice.
         drawn: the sample of the drawn data set, for the teacher that knows its truth.
         origin: where it was read, such as `mine.jsonl, row 3`.
@@ -88,8 +88,8 @@ class TraceQuestion:
     kind: str = "open"
     task: str = "general"
     choices: tuple[str, ...] = ()
-    drawn: Sample | None = field(default=None, compare=False, repr=False)
-    sources: tuple["Picture | FileReference", ...] = field(default=(), compare=False, repr=False)
+    drawn: FigureSample | None = field(default=None, compare=False, repr=False)
+    sources: tuple["EncodedPicture | FileReference", ...] = field(default=(), compare=False, repr=False)
     origin: str = field(default="", compare=False, repr=False)
 
     @property
@@ -97,15 +97,15 @@ class TraceQuestion:
         """Whether opening its pictures waits for another machine."""
         return any(isinstance(source, FileReference) and source.path is None for source in self.sources)
 
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[EncodedPicture]:
         """Return the question's pictures, read or drawn now.
 
         Raises:
             ValueError: a picture is missing, refused or unreadable.
         """
         if self.drawn is not None:
-            return [Picture.encode(self.drawn.image)]
-        opened = [source if isinstance(source, Picture) else source.open() for source in self.sources]
+            return [EncodedPicture.encode(self.drawn.image)]
+        opened = [source if isinstance(source, EncodedPicture) else source.open() for source in self.sources]
         for picture in opened:
             _ = picture.image  # a damaged picture is found before a teacher is paid for it
         return opened
@@ -167,20 +167,20 @@ class FileReference:
     name: str
     path: Path | None
 
-    def open(self) -> Picture:
+    def open(self) -> EncodedPicture:
         """Read the picture.
 
         Raises:
             ValueError: it is missing, refused, too large or unreadable.
         """
         if self.path is None:
-            return Picture(_download(self.name), self.name)
+            return EncodedPicture(_download(self.name), self.name)
         try:
             if not self.path.is_file():
                 raise ValueError(f"{self.name} is not a file below the image root")
             if self.path.stat().st_size > MAX_BYTES:
                 raise ValueError(f"{self.name} is larger than {MAX_BYTES >> 20} MiB: make it smaller first")
-            return Picture(self.path.read_bytes(), self.name)
+            return EncodedPicture(self.path.read_bytes(), self.name)
         except OSError as error:
             raise ValueError(f"{self.name[:200]} cannot be read ({error.strerror}): see to its permissions") from error
 
@@ -346,8 +346,8 @@ def _question(row: object, number: int, policy: ImagePolicy, task: str, file: st
     kind, task = row.get("kind") or ("choice" if choices else "open"), row.get("task") or task
     if kind not in KINDS:
         raise ValueError(f"its kind is {_shown(kind)}; it must be one of {', '.join(KINDS)}")
-    if task not in TASKS:
-        raise ValueError(f"its task is {_shown(task)}; it must be one of {', '.join(TASKS)}")
+    if task not in PROMPT_TASKS:
+        raise ValueError(f"its task is {_shown(task)}; it must be one of {', '.join(PROMPT_TASKS)}")
     golds = _listed(row.get("answers") if row.get("answers") is not None else row.get("answer"))
     pictures = _listed(row.get("images") if row.get("images") is not None else row.get("image"))
     if len(pictures) > _MOST_PICTURES:
@@ -392,11 +392,11 @@ def _text(value: object, name: str) -> str:
     return text
 
 
-def _source(value: object, policy: ImagePolicy) -> Picture | FileReference:
+def _source(value: object, policy: ImagePolicy) -> EncodedPicture | FileReference:
     if isinstance(value, Mapping) and isinstance(value.get("bytes") or b"", bytes):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
-        return Picture(value)
+        return EncodedPicture(value)
     if isinstance(value, str) and value:
         return policy.reference(_text(value, "picture"))
     raise ValueError(f"its picture is {type(value).__name__}: give a path, or {{'bytes': ..., 'path': ...}}")

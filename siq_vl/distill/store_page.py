@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 from PIL import Image
 
-from siq_vl.distill.questions import Picture
+from siq_vl.distill.questions import EncodedPicture
 from siq_vl.distill.traces import write_text
-from siq_vl.distill.yields import LENGTH_BINS, summarize, tables
+from siq_vl.distill.yields import LENGTH_BINS, store_yield, tables
 from siq_vl.evaluation.tables import table_cells
 from siq_vl.html import image_data_url, render
 from siq_vl.plots import histogram_plot, inline
@@ -28,7 +28,7 @@ def write_page(folder: Path, path: Path | None = None, *, shown: int = 24) -> Pa
         path: the HTML file.
         shown: most kept and most rejected traces in the gallery, spread over teachers and rules.
     """
-    summary = summarize(folder)
+    summary = store_yield(folder)
     path = path or folder / "report.html"
     shown_tables = []
     for heading, text in tables(summary).items():
@@ -110,7 +110,7 @@ def _card(row: dict) -> dict:
 def _picture(data: bytes) -> dict[str, str]:
     """Return a picture's size and `data:` address, no larger than it is shown; no address where it is unreadable."""
     try:
-        image = Picture(data).image
+        image = EncodedPicture(data).image
     except ValueError:
         return {"size": "", "address": ""}
     size = "small" if max(image.size) < _SIDE else "large"

@@ -29,49 +29,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Image, List, Value, load_dataset
+from datasets import Dataset, Image, List, Value, load_dataset
 
+from siq_vl.distill.schema import FEATURES, TokensSpent, TraceRow
 from siq_vl.locks import Lock
 
 logger = logging.getLogger(__name__)
 
-FEATURES = Features(
-    {
-        "trace_id": Value("string"),
-        "sample_id": Value("string"),
-        "images": List(Image()),
-        "image_paths": List(Value("string")),
-        "question": Value("string"),
-        "golds": List(Value("string")),
-        "choices": List(Value("string")),
-        "kind": Value("string"),
-        "task": Value("string"),
-        "teacher": Value("string"),
-        "teacher_kind": Value("string"),
-        "revision": Value("string"),
-        "prompt": Value("string"),
-        "hinted": Value("bool"),
-        "sampling": Value("string"),
-        "repeat": Value("int32"),
-        "output": Value("string"),
-        "finish_reason": Value("string"),
-        "error": Value("string"),
-        "prompt_tokens": Value("int64"),
-        "completion_tokens": Value("int64"),
-        "seconds": Value("float64"),
-        "attempts": Value("int32"),
-        "injected": Value("string"),
-        "rationale": Value("string"),
-        "answer": Value("string"),
-        "rationale_tokens": Value("int32"),
-        "rejected_by": List(Value("string")),
-        "agreement": Value("float64"),
-        "verdict": Value("string"),
-    }
-)
-VERDICTS = ("kept", "rejected")
-# What verification and selection write; everything else is as the teacher left it.
-JUDGED = ("rationale", "answer", "rationale_tokens", "rejected_by", "agreement", "verdict")
 _SCHEMA = FEATURES.arrow_schema
 _ESSENTIAL = ("sample_id", "question", "teacher", "output")  # a journal's line without one of them is no trace
 _UNREADABLE = "unreadable.txt"
@@ -102,7 +66,7 @@ class TraceStore:
         (folder / "journal").mkdir(exist_ok=True)
         self._lock = Lock(folder)
         self._sealing: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failure: BaseException | None = None  # of the thread that seals, until it is raised here
         self._recover()
         self._open_journal()
 
@@ -119,24 +83,24 @@ class TraceStore:
         finally:
             self._lock.release()
 
-    def append(self, row: Mapping) -> None:
+    def append(self, row: TraceRow) -> None:
         """Keep one finished trace; when this returns, killing the process does not lose it.
-
-        Args:
-            row: the columns of `FEATURES`; `images` as a list of the pictures' bytes.
 
         Raises:
             ValueError: the columns are others, or hold what a shard could not: nothing is written.
         """
         if row.keys() != FEATURES.keys():
             raise ValueError(f"a trace has the columns {sorted(row)}; it needs {sorted(FEATURES)}")
-        if unfit := [name for name in FEATURES if not _fits(name, row[name])]:
-            name = unfit[0]
-            raise ValueError(
-                f"{name} is {str(row[name])[:80]!r}, which no shard can hold: it must be {_SCHEMA.field(name).type}"
-            )
-        packed = {**row, "images": [base64.b64encode(data).decode() for data in row["images"]]}
+        # Refused here and not when the journal is sealed, where it would take thousands of traces with it.
+        values: dict[str, Any] = dict(row)
+        for name, value in values.items():
+            if not _fits(name, value):
+                raise ValueError(
+                    f"{name} is {str(value)[:80]!r}, which no shard can hold: it must be {_SCHEMA.field(name).type}"
+                )
+        packed = {**values, "images": [base64.b64encode(data).decode() for data in row["images"]]}
         line = json.dumps(packed).encode() + b"\n"
+        # Unbuffered and in one call: once it returns, the line is the operating system's and outlives this process.
         with open(self._journal, "ab", buffering=0) as journal:
             try:
                 written = journal.write(line)
@@ -152,24 +116,19 @@ class TraceStore:
 
     def trace_ids(self) -> set[int]:
         """Return the ids of the traces in the sealed shards, as numbers: a hundred thousand take some megabytes."""
-        return {number for path in self.shards() for number in _numbers(path)}
+        numbers: set[int] = set()
+        for path in self.shards():
+            numbers.update(_numbers(path))
+        return numbers
 
-    def spent(self, teacher: str) -> tuple[int, int, int, int, int]:
-        """Return what a teacher has taken for the sealed traces.
-
-        Returns:
-            The tokens read and written; how many replies say what they read, how many do not, and how many do not say
-            what they wrote.
-        """
-        read = written = replies = unread = unwritten = 0
+    def spent(self, teacher: str) -> TokensSpent:
+        """Return what a teacher has taken for the sealed traces."""
+        spent = TokensSpent()
         for table in self.columns("teacher", "prompt_tokens", "completion_tokens", "error"):
             for row in table.to_pylist():
                 if row["teacher"] == teacher:
-                    read, written = read + row["prompt_tokens"], written + row["completion_tokens"]
-                    replies += row["prompt_tokens"] > 0
-                    unread += not row["error"] and not row["prompt_tokens"]
-                    unwritten += not row["error"] and not row["completion_tokens"]
-        return read, written, replies, unread, unwritten
+                    spent.add(row["prompt_tokens"], row["completion_tokens"], text=not row["error"])
+        return spent
 
     def shards(self) -> list[Path]:
         """Return the sealed shards, in the order of their numbers."""
@@ -192,10 +151,11 @@ class TraceStore:
         """Take out the traces for which no teacher had an answer, so that they are asked for again; return how many."""
         dropped = 0
         for path in self.shards():
-            failed = pq.read_table(path, columns=["error"])["error"].to_pylist()
-            if any(failed):
-                self._keep_only(path, [not error for error in failed])
-                dropped += sum(map(bool, failed))
+            errors = pq.read_table(path, columns=["error"])["error"].to_pylist()
+            answered = [not error for error in errors]
+            if not all(answered):
+                self._keep_only(path, answered)
+                dropped += answered.count(False)
         return dropped
 
     def _keep_only(self, path: Path, wanted: Sequence[bool]) -> None:
@@ -207,8 +167,10 @@ class TraceStore:
     def read_settings(self) -> dict:
         """Return how the traces are verified and selected; nothing, where that is not known."""
         path = self.folder / "settings.json"
+        if not path.exists():
+            return {}
         try:
-            settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            settings = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
@@ -221,6 +183,7 @@ class TraceStore:
 
     def _recover(self) -> None:
         """Finish what a killed process began, and mend what is damaged."""
+        # A shard that was being written when the process was killed: its journal is still there.
         for stray in (self.folder / "data").glob(".*.tmp"):
             stray.unlink()
         known: set[int] = set()
@@ -239,8 +202,9 @@ class TraceStore:
             os.replace(path, aside)
             logger.warning("%s cannot be read (%s): set aside, and its traces are asked for again", path.name, error)
             return
-        if missing := [name for name in FEATURES if name not in names]:
-            raise ValueError(f"{path} is no shard of traces, it has no column {missing[0]}: move it out of the store")
+        for name in FEATURES:
+            if name not in names:
+                raise ValueError(f"{path} is no shard of traces, it has no column {name}: move it out of the store")
         fresh = _first_of_each(numbers, known)
         if not all(fresh):
             logger.warning("%s: %d traces were in the store already, once is kept", path.name, fresh.count(False))
@@ -248,21 +212,36 @@ class TraceStore:
 
     def _mend_journal(self, journal: Path, known: set[int]) -> None:
         """Seal the traces that are left in a journal and not known, and take note of them."""
-        rows = self._journal_rows(journal)
-        fresh = _first_of_each([int(row["trace_id"], 16) for row in rows], known)
-        rows = [row for row, wanted in zip(rows, fresh, strict=True) if wanted]
+        rows = []
+        for row in self._journal_rows(journal):
+            number = int(row["trace_id"], 16)
+            # The shard was in place and the journal not yet gone when the process was killed, or a file was copied in.
+            if number not in known:
+                rows.append(row)
+                known.add(number)
         if rows:
-            number = int(journal.stem) if _is_number(journal.stem) else self._next_number()
-            shard = self.folder / "data" / _SHARD.format(number)
-            if shard.exists():
+            shard = self._shard(journal)
+            # A journal that somebody named otherwise, or whose number a shard has, gets a number of its own.
+            if shard is None or shard.exists():
                 shard = self.folder / "data" / _SHARD.format(self._next_number())
             self._write(shard, to_table(rows))
         journal.unlink()
 
+    def _shard(self, journal: Path) -> Path | None:
+        """Return the shard that a journal is sealed into; None where its name is no number."""
+        if not _is_number(journal.stem):
+            return None
+        return self.folder / "data" / _SHARD.format(int(journal.stem))
+
     def _next_number(self) -> int:
-        files = [path.stem.rpartition("-")[2] for path in (self.folder / "data").glob("traces-*")]
-        files += [path.stem for path in (self.folder / "journal").glob("*.jsonl")]
-        return max((int(name) for name in files if _is_number(name)), default=-1) + 1
+        """Return a number above that of every shard, set aside ones too, and of every journal."""
+        names = [path.stem.rpartition("-")[2] for path in (self.folder / "data").glob("traces-*")]
+        names += [path.stem for path in (self.folder / "journal").glob("*.jsonl")]
+        highest = -1
+        for name in names:
+            if _is_number(name):
+                highest = max(highest, int(name))
+        return highest + 1
 
     def _open_journal(self) -> None:
         self._journal = self.folder / "journal" / _JOURNAL.format(self._next_number())
@@ -271,6 +250,7 @@ class TraceStore:
 
     def _rotate(self, *, last: bool = False, wait: bool = False) -> None:
         """Begin a new journal and seal the full one in a thread: the teachers are not kept waiting."""
+        # One thread at a time, so that no more than one journal is in memory.
         self._wait()
         full = self._journal
         if not last:
@@ -302,13 +282,16 @@ class TraceStore:
 
     def _journal_rows(self, journal: Path) -> list[dict]:
         """Return the traces of a journal; lines that hold none are kept in a file of their own."""
-        rows, unreadable, mended = [], [], 0
+        rows: list[dict] = []
+        unreadable: list[bytes] = []
+        mended = 0
         with open(journal, "rb") as lines:
             for line in lines:
                 try:
                     row, changed = _read_line(line)
                 except (ValueError, RecursionError):
-                    unreadable.append(line if line.endswith(b"\n") else line + b"\n")
+                    # The last line of a killed process has no end: the next one put there must not run into it.
+                    unreadable.append(line.rstrip(b"\n") + b"\n")
                     continue
                 rows.append(row)
                 mended += changed
@@ -327,6 +310,7 @@ class TraceStore:
         temporary = path.parent / f".{path.name}.tmp"
         with open(temporary, "wb") as file:
             pq.write_table(table, file, compression="zstd")
+            # The journal goes once the shard is in place: it must be on the disk by then, not on its way there.
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -364,25 +348,36 @@ def _fits(name: str, value: object) -> bool:
         return isinstance(value, str) and re.fullmatch("[0-9a-f]{1,16}", value) is not None
     if name == "images":
         return isinstance(value, list) and all(isinstance(data, bytes) for data in value)
-    kind = _SCHEMA.field(name).type
-    if pa.types.is_list(kind) and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+    column_type = _SCHEMA.field(name).type
+    # pyarrow turns some other things into texts and lists by itself; a journal would hold them as they are.
+    if pa.types.is_list(column_type) and not _is_list_of_texts(value):
         return False
-    if pa.types.is_string(kind) and not isinstance(value, str):
+    if pa.types.is_string(column_type) and not isinstance(value, str):
         return False
     try:
-        return pa.array([value], kind).null_count == 0
+        return pa.array([value], column_type).null_count == 0
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
         return False
 
 
+def _is_list_of_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def _mended(name: str, value: Any) -> Any:
     """Return the nearest that a column can hold: text without lone surrogates, else an empty value."""
-    kind = _SCHEMA.field(name).type
-    if pa.types.is_list(kind):
-        return [storable(text) for text in value if isinstance(text, str)] if isinstance(value, list) else []
-    if pa.types.is_string(kind):
-        return storable(value) if isinstance(value, str) else ""
-    return None if name == "agreement" else kind.to_pandas_dtype()(0)
+    column_type = _SCHEMA.field(name).type
+    if name == "agreement":
+        return None
+    if pa.types.is_list(column_type):
+        if not isinstance(value, list):
+            return []
+        return [storable(text) for text in value if isinstance(text, str)]
+    if pa.types.is_string(column_type):
+        if not isinstance(value, str):
+            return ""
+        return storable(value)
+    return column_type.to_pandas_dtype()(0)
 
 
 def _read_line(line: bytes) -> tuple[dict, bool]:
@@ -397,19 +392,26 @@ def _read_line(line: bytes) -> tuple[dict, bool]:
     row = json.loads(line)
     if not isinstance(row, dict) or not set(FEATURES) <= row.keys():
         raise ValueError("it does not have the columns of a trace")
-    if not isinstance(row["images"], list) or not all(isinstance(data, str) for data in row["images"]):
+    if not _is_list_of_texts(row["images"]):
         raise ValueError("its pictures are none")
     if not _fits("trace_id", row["trace_id"]) or not all(isinstance(row[name], str) for name in _ESSENTIAL):
         raise ValueError("it does not say whose trace of what it is")
-    unfit = [name for name in FEATURES if name != "images" and not _fits(name, row[name])]
-    row.update({name: _mended(name, row[name]) for name in unfit})
+    mended = False
+    for name in FEATURES:
+        if name != "images" and not _fits(name, row[name]):
+            row[name] = _mended(name, row[name])
+            mended = True
+    # In the journal pictures are base64, in the shards what `datasets` makes of a picture.
     row["images"] = [{"bytes": base64.b64decode(data, validate=True), "path": None} for data in row["images"]]
-    return row, bool(unfit)
+    return row, mended
 
 
 def to_table(rows: Sequence[Mapping]) -> pa.Table:
     """Return rows as a table with the columns and the metadata by which `datasets` knows pictures as pictures."""
-    return pa.Table.from_pylist([{name: row[name] for name in _SCHEMA.names} for row in rows], schema=_SCHEMA)
+    columns: dict[str, list] = {}
+    for name in _SCHEMA.names:
+        columns[name] = [row[name] for row in rows]
+    return pa.Table.from_pydict(columns, schema=_SCHEMA)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -439,15 +441,30 @@ def read_traces(
             f"{folder} holds no traces: run `python generate_traces.py --teacher figures --count 300 --output {folder}` "
             "first, with the teacher and the count that you want"
         )
-    waiting = [path for path in (Path(folder) / "journal").glob("*.jsonl") if path.stat().st_size]
-    if waiting:
-        logger.warning("%s has traces that are in no shard yet: run generate_traces.py again to seal them", folder)
-    filters = [("verdict", "==", "kept")] if kept else None
-    if kept and not any("kept" in pq.read_table(path, columns=["verdict"])["verdict"].to_pylist() for path in shards):
-        raise ValueError(f"{folder} holds no trace that was kept: see which rules reject them on its page, report.html")
-    read = load_dataset("parquet", data_files=shards, split="train", filters=filters, columns=columns and list(columns))
-    if image_root is not None and "image_paths" in read.column_names:
-        paths = [[str(Path(image_root) / path) for path in named] for named in read["image_paths"]]
-        without = read.remove_columns([name for name in ("images",) if name in read.column_names])
-        return without.add_column("images", paths, feature=List(Value("string"))).cast_column("images", List(Image()))
-    return read
+    for journal in (Path(folder) / "journal").glob("*.jsonl"):
+        if journal.stat().st_size:
+            logger.warning("%s has traces that are in no shard yet: run generate_traces.py again to seal them", folder)
+            break
+    filters = None
+    if kept:
+        # Seen here, because `datasets` words an empty result as an error of its own.
+        if not any(_has_kept(shard) for shard in shards):
+            raise ValueError(
+                f"{folder} holds no trace that was kept: see which rules reject them on its page, report.html"
+            )
+        filters = [("verdict", "==", "kept")]
+    wanted = list(columns) if columns else None
+    read = load_dataset("parquet", data_files=shards, split="train", filters=filters, columns=wanted)
+    if image_root is None or "image_paths" not in read.column_names:
+        return read
+    files = []
+    for paths in read["image_paths"]:
+        files.append([str(Path(image_root) / path) for path in paths])
+    if "images" in read.column_names:
+        read = read.remove_columns("images")
+    # First as texts, then cast: a column of pictures cannot be made of paths at once.
+    return read.add_column("images", files, feature=List(Value("string"))).cast_column("images", List(Image()))
+
+
+def _has_kept(shard: str) -> bool:
+    return "kept" in pq.read_table(shard, columns=["verdict"])["verdict"].to_pylist()

@@ -2,15 +2,17 @@
 
 One row is one trace: the question with its pictures, answered by `<think>rationale</think><answer>answer</answer>`, or,
 for a share of the rows, by the answer alone. A trace that is left out is counted by its reason, as a mixture's rows are.
+
+`training_traces` is the story: open the store, look every trace through (`_usable`), choose (`choice`), and hand out rows
+that are read when their turn comes (`_Rows`).
 """
 
 import logging
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from random import Random
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,13 +20,14 @@ from datasets import Dataset
 
 from siq_vl.data.conversations import Conversation, Dropped, check, check_text, message, well_formed
 from siq_vl.data.feature_cache.pictures import Pictures
-from siq_vl.data.fields import Unreadable, as_items, as_text, bad_row, kind, parse_row, plain_rows, texts_of
+from siq_vl.data.fields import Unreadable, as_items, as_text, bad_row, kind, plain_rows, texts_of
 from siq_vl.data.fields import field as column
-from siq_vl.data.figures.dataset import sample
 from siq_vl.data.figures.rows import reasoned
 from siq_vl.data.mixtures import MixtureReport, SourceCount
-from siq_vl.data.preprocessing import DropLog, Reader
+from siq_vl.data.preprocessing import DropLog, Preprocessor
 from siq_vl.data.sources import SourceConfig
+from siq_vl.distill.choice import PlannedRow, TraceChoice, choose, order_epoch, split_by_question
+from siq_vl.distill.descriptions import Descriptions
 from siq_vl.distill.traces import read_traces
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
@@ -34,11 +37,10 @@ CURRICULA = ("none", "length")
 STUDENTS = ("multimodal", "text")
 DIRECT = "direct answers"  # what loss and counts call the rows that do not reason
 NO_TEACHER = "no teacher"  # what counts call the rows whose teacher is not named
-CAPTIONS_FILE = "captions.jsonl"
-_COLUMNS = ("sample_id", "question", "golds", "choices", "teacher", "rationale", "answer", "rejected_by", "verdict")
 _TEXTS = ("sample_id", "question", "teacher", "rationale", "answer", "verdict")
+_LISTS = ("golds", "choices", "rejected_by")
+_EXTRA = ("image_paths", "caption", "ocr")  # columns that some stores have
 _RULE = re.compile(r"[a-z_]{1,40}")
-_DRAWN = re.compile(r"(train|validation|test|combinations)/(\d{1,18})/(scenes|charts|documents)/(\d{1,18})")
 _SCANNED = 1024  # traces that are looked through together
 # The most tokens that the chat template adds to a question and its answer, pictures not counted.
 _TEMPLATE_TOKENS = 64
@@ -86,10 +88,11 @@ class TraceArguments:
     )
 
     def __post_init__(self) -> None:
-        _ = self.weights
-        for name, choices in (("curriculum", CURRICULA), ("student", STUDENTS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        _ = self.weights  # refuses teachers that cannot be
+        if self.curriculum not in CURRICULA:
+            raise ValueError(f"curriculum is {self.curriculum!r}; it must be one of {', '.join(CURRICULA)}")
+        if self.student not in STUDENTS:
+            raise ValueError(f"student is {self.student!r}; it must be one of {', '.join(STUDENTS)}")
         for name in ("traces_per_question", "max_rationale_tokens", "early_stopping_patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
@@ -111,9 +114,9 @@ class TraceArguments:
         for given in self.teachers:
             name, sign, weight = given.partition("=")
             try:
-                weights[name] = float(weight) if sign else 1.0
+                weights[name] = float(weight if sign else 1)
             except ValueError:
-                weights[name] = 0.0
+                weights[name] = 0.0  # no number: refused below, like a weight of 0
             if weights[name] <= 0:
                 raise ValueError(f"teacher {given!r}: write it as name or name=weight, with a weight above 0")
         if len(weights) < len(self.teachers):
@@ -134,99 +137,6 @@ class TrainingTraces:
     rows: Dataset
     validation: Dataset | None
     report: MixtureReport
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """What choosing has to know of a trace that may be trained on."""
-
-    index: int
-    sample_id: str
-    teacher: str
-    length: int  # of its rationale, in the student's tokens; 0 where nobody asks
-
-
-class _Teacher:
-    """One teacher's traces as a source for `Reader`."""
-
-    def __init__(self, name: str, folder: Path, pictures_as: "Descriptions | None"):
-        self.name, self.roots, self.config = name, [folder], SourceConfig(str(folder))
-        self._descriptions = pictures_as
-
-    def conversation(self, row: Mapping | Unreadable) -> Conversation:
-        """Return a trace, as `_validated` leaves it, as the one turn that is trained on.
-
-        Raises:
-            Dropped: a student without eyes is told nothing of its pictures.
-        """
-        if not isinstance(row, Mapping):
-            raise bad_row(f"it is {kind(row)}")
-        answer = row["golds"][0] if row["direct"] and row["golds"] else row["answer"]
-        completion = reasoned("" if row["direct"] else row["rationale"], answer)
-        options = {"enable_thinking": not row["direct"]}
-        images, question = as_items(row["images"] or row.get("image_paths")), asked(row)
-        if self._descriptions is not None:
-            images, question = [], f"{self._descriptions.of(row)}\n{question}"
-        turns = [message("user", question, len(images)), message("assistant", completion)]
-        return well_formed(Conversation(images, turns, template_options=options))
-
-
-def asked(row: Mapping) -> str:
-    """Return a question as it is put to the student: with its choices, lettered, where it has some."""
-    choices = [f"{chr(ord('A') + place)}. {choice}" for place, choice in enumerate(row["choices"])]
-    return "\n".join([row["question"], *choices])
-
-
-class Descriptions:
-    """What a student without eyes is told of a picture: its caption, and the text in it.
-
-    They are columns `caption` and `ocr` of the store, or of `captions.jsonl` beside its data (one object a line, with
-    the `sample_id`); drawn figures have their own. A line that is no such object is left out.
-
-    Args:
-        folder: the store.
-        drops: takes note of the lines that are left out, by their number.
-    """
-
-    def __init__(self, folder: Path, drops: DropLog):
-        self._folder = folder
-        self._listed: dict[str, Mapping] = {}
-        path = folder / CAPTIONS_FILE
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            drops.read[CAPTIONS_FILE] += 1
-            entry = parse_row(line)
-            if isinstance(entry, Mapping) and isinstance(entry.get("sample_id"), str | int):
-                self._listed[str(entry["sample_id"])] = entry
-                continue
-            fault = f"it is {kind(entry)}" if isinstance(entry, Unreadable) else "its sample_id is missing or no text"
-            fault = f"{CAPTIONS_FILE}, line {number} is not an object with a sample_id: {fault}"
-            drops.add(CAPTIONS_FILE, number, Dropped("caption that cannot be read", fault, defect=True))
-
-    def of(self, row: Mapping) -> str:
-        """Return the description of a trace's pictures.
-
-        Raises:
-            Dropped: there is none, or it is no text.
-        """
-        entry = {**row, **self._listed.get(row["sample_id"], {})}
-        caption, text = as_text(entry.get("caption"), "caption"), as_text(entry.get("ocr"), "ocr")
-        lines = [*([caption] if caption else []), *([f"Text in the picture: {text}"] if text else [])]
-        if not lines and (found := _DRAWN.fullmatch(row["sample_id"])):
-            split, seed, domain, index = found.groups()
-            drawn = sample(split, int(index), seed=int(seed), domain=domain)
-            if drawn.question.text == row["question"]:
-                lines = [drawn.figure.caption]
-        if not lines:
-            fault = (
-                f"student is 'text', and sample {row['sample_id']!r:.80} has neither caption nor OCR text: give them as "
-                f"columns `caption` and `ocr` of the store, or in {self._folder / CAPTIONS_FILE}, one line a sample: "
-                '{"sample_id": "...", "caption": "...", "ocr": "..."}'
-            )
-            raise Dropped("neither caption nor OCR text", fault, defect=True)
-        return "\n".join(lines)
 
 
 def training_traces(
@@ -262,32 +172,39 @@ def training_traces(
     folder = Path(config.traces)
     stored = _open(folder)
     weights = _weights(config, stored, folder)
+
     drops = DropLog(max_bad_share, drop_log)
     drops.begin({"traces": asdict(config), "max_length": max_length})
-    all_short = config.student == "multimodal" and _all_short(stored, processor, max_length)
-    # Counting every row's tokens takes longer than reading it.
-    reader = Reader(drops, None if all_short else processor, max_length, max_image_side, blind=blind)
-    descriptions = Descriptions(folder, drops) if config.student == "text" else None
-    root = Path(config.image_root) if config.image_root else folder
-    teachers = {name: _Teacher(name, root, descriptions) for name in weights}
-    usable = list(_usable(stored, teachers, reader, config, processor))
-    parts = _split(usable, config.validation_share, seed)
-    train = _chosen(parts[False], weights, config, seed)
-    if not train or (config.validation_share and not parts[True]):
+    # Counting every row's tokens takes longer than reading it: it is left out where no row can be too long.
+    counts_tokens = config.student == "text" or not _all_short(stored, processor, max_length)
+    preprocessor = Preprocessor(drops, processor if counts_tokens else None, max_length, max_image_side, blind=blind)
+    descriptions = None
+    if config.student == "text":
+        descriptions = Descriptions(folder, drops)
+    root = Path(config.image_root or folder)
+    teachers = {name: _TeacherSource(name, root, descriptions) for name in weights}
+    usable = list(_usable(stored, teachers, preprocessor, config, processor))
+
+    def chosen(traces: Sequence[TraceChoice]) -> list[PlannedRow]:
+        return choose(traces, weights, config.traces_per_question, config.direct_share, seed)
+
+    for_training, for_validation = split_by_question(usable, config.validation_share, seed)
+    train = chosen(for_training)
+    if not train or (config.validation_share and not for_validation):
         left_out = ", ".join(f"{name}: {drops.summary(name)}" for name in drops.reasons)
         raise ValueError(
             f"{folder} leaves {len(train)} traces to train on, of teachers {', '.join(weights)} (left out: {left_out or 'none'}): "
             "generate more, or loosen max_rationale_tokens, max_length, verified or validation_share"
         )
-    plan = _plan(train, config, seed, count)
-    held_out = _plan(_chosen(parts[True], weights, config, seed), config, seed, None) if parts[True] else None
-    report = MixtureReport(_counts(plan, usable, weights, drops), drops)
+    epoch = order_epoch(train, config.curriculum, seed, count)
+    rows = _Rows(stored, epoch, teachers, preprocessor).dataset()
+    validation = None
+    if for_validation:
+        held_out = order_epoch(chosen(for_validation), config.curriculum, seed, None)
+        validation = _Rows(stored, held_out, teachers, preprocessor).dataset()
+    report = MixtureReport(_counts(epoch, usable, weights, drops), drops)
     logger.info("training rows\n%s", report.table())
-    return TrainingTraces(
-        _Rows(stored, plan, teachers, reader).dataset(),
-        held_out and _Rows(stored, held_out, teachers, reader).dataset(),
-        report,
-    )
+    return TrainingTraces(rows, validation, report)
 
 
 def store_state(config: TraceArguments) -> dict[str, int]:
@@ -299,12 +216,13 @@ def store_state(config: TraceArguments) -> dict[str, int]:
 def _open(folder: Path) -> Dataset:
     """Return a store's traces, rejected ones too, their pictures still encoded."""
     stored = read_traces(folder, kept=False)
-    extra = [name for name in ("image_paths", "caption", "ocr") if name in stored.column_names]
-    return stored.select_columns([*_COLUMNS, "images", *extra]).with_format("arrow")
+    extra = [name for name in _EXTRA if name in stored.column_names]
+    return stored.select_columns([*_TEXTS, *_LISTS, "images", *extra]).with_format("arrow")
 
 
 def _weights(config: TraceArguments, stored: Dataset, folder: Path) -> dict[str, float]:
-    known = sorted(name for name in stored.unique("teacher") if isinstance(name, str) and name)
+    """Return the weights of the teachers that are learned from: those that are named, or all of the store."""
+    known = sorted(name for name in stored.unique("teacher") if _is_name(name))
     weights = config.weights or dict.fromkeys(known, 1.0)
     for name in weights:
         if name not in known:
@@ -314,57 +232,77 @@ def _weights(config: TraceArguments, stored: Dataset, folder: Path) -> dict[str,
     return weights
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
 def _all_short(stored: Dataset, processor: SiQVLProcessor | None, max_length: int | None) -> bool:
     """Return whether no row can have more than `max_length` tokens, since a token of text has at least one byte."""
+    # Where pictures are cut into tiles, their tokens hang on their sizes, which are not looked at here.
     if processor is None or max_length is None or processor.max_tiles > 1:
         return False
     table = stored.data.table
+    # A store that another tool wrote may have other types; choices would lengthen the question.
     if not pa.types.is_list(table["choices"].type) or pc.max(pc.list_value_length(table["choices"])).as_py():
         return False
-    if not all(pa.types.is_string(table[name].type) for name in ("question", "rationale", "answer")):
-        return False
-    texts = sum(pc.max(pc.binary_length(table[name])).as_py() or 0 for name in ("question", "rationale", "answer"))
+    most = _TEMPLATE_TOKENS
+    for name in ("question", "rationale", "answer"):
+        if not pa.types.is_string(table[name].type):
+            return False
+        most += pc.max(pc.binary_length(table[name])).as_py() or 0
     pictures = pc.max(pc.list_value_length(table["images"])).as_py() or 0
-    return texts + pictures * processor.image_seq_length + _TEMPLATE_TOKENS <= max_length
+    return most + pictures * processor.image_seq_length <= max_length
 
 
 def _usable(
     stored: Dataset,
-    teachers: Mapping[str, _Teacher],
-    reader: Reader,
+    teachers: Mapping[str, "_TeacherSource"],
+    preprocessor: Preprocessor,
     config: TraceArguments,
     processor: SiQVLProcessor | None,
-) -> Iterator[_Trace]:
+) -> Iterator[TraceChoice]:
     """Yield the traces that may be trained on, in the store's order; the others are counted."""
-    images = pc.list_value_length(stored.data.column("images")).to_pylist()
-    drops, wants_lengths = reader.drops, bool(config.max_rationale_tokens) or config.curriculum == "length"
+    pictures_of = pc.list_value_length(stored.data.column("images")).to_pylist()
+    wants_lengths = bool(config.max_rationale_tokens) or config.curriculum == "length"
     start = 0
     for batch in stored.remove_columns("images").iter(_SCANNED):
-        sound: list[tuple[int, dict]] = []
         rows = plain_rows(batch)
-        for index, row in enumerate(rows, start):
-            name = row["teacher"] if isinstance(row["teacher"], str) and row["teacher"] else NO_TEACHER
-            if name in teachers or name == NO_TEACHER:
-                drops.read[name] += 1
-                try:
-                    sound.append((index, _validated(row)))
-                except Dropped as dropped:
-                    drops.add(name, index, dropped)
+        sound = _sound(rows, start, teachers, preprocessor.drops)
         start += len(rows)
         lengths = [0] * len(sound)
         if processor is not None and wants_lengths and sound:
-            lengths = list(map(len, processor.tokenizer([row["rationale"] for _, row in sound])["input_ids"]))
+            # Tokenized together: one call a batch takes a fraction of the time of one a row.
+            tokens = processor.tokenizer([row["rationale"] for _, row in sound])["input_ids"]
+            lengths = [len(ids) for ids in tokens]
         for (index, row), length in zip(sound, lengths, strict=True):
             teacher = teachers[row["teacher"]]
             try:
                 _check(row, length, config)
                 # Whether its pictures can be read is seen when they are: they are not looked at here.
-                pictures = [b""] * (images[index] or 0)
-                reader.conversation(teacher, {**row, "images": pictures, "direct": False})
+                pictures = [b""] * (pictures_of[index] or 0)
+                preprocessor.conversation(teacher, {**row, "images": pictures, "direct": False})
             except Dropped as dropped:
-                drops.add(teacher.name, index, dropped)
+                preprocessor.drops.add(teacher.name, index, dropped)
             else:
-                yield _Trace(index, row["sample_id"], row["teacher"], length)
+                yield TraceChoice(index, row["sample_id"], row["teacher"], length)
+
+
+def _sound(
+    rows: Sequence[Mapping], start: int, teachers: Mapping[str, "_TeacherSource"], drops: DropLog
+) -> list[tuple[int, dict]]:
+    """Return the rows of the teachers that are learned from whose columns are what they must be, with their positions."""
+    sound = []
+    for index, row in enumerate(rows, start):
+        name = row["teacher"] if _is_name(row["teacher"]) else NO_TEACHER
+        # A trace of nobody is a defect of the store, whoever is learned from; others' traces are merely not wanted.
+        if name not in teachers and name != NO_TEACHER:
+            continue
+        drops.read[name] += 1
+        try:
+            sound.append((index, _validated(row)))
+        except Dropped as dropped:
+            drops.add(name, index, dropped)
+    return sound
 
 
 def _validated(row: Mapping) -> dict:
@@ -373,19 +311,28 @@ def _validated(row: Mapping) -> dict:
     Raises:
         Dropped: one has another.
     """
-    texts = {name: as_text(column(row, name), name) for name in _TEXTS}
-    lists = {name: texts_of(as_items(column(row, name)), name) for name in ("golds", "choices", "rejected_by")}
+    checked = dict(row)
+    for name in _TEXTS:
+        checked[name] = as_text(column(row, name), name)
+    for name in _LISTS:
+        checked[name] = texts_of(as_items(column(row, name)), name)
     for name in ("sample_id", "teacher", "question"):
-        if not texts[name].strip():
+        if not checked[name].strip():
             raise bad_row(f"its {name} is empty")
     for name in ("sample_id", "rationale"):  # the others are seen where the conversation is made
-        check_text(texts[name])
-    return {**row, **texts, **lists}
+        check_text(checked[name])
+    return checked
 
 
 def _check(row: Mapping, length: int, config: TraceArguments) -> None:
+    """Look at what this run wants of a trace.
+
+    Raises:
+        Dropped: it is rejected, does not reason or answer, or is too long.
+    """
     if config.verified and row["verdict"] != "kept":
         rule = row["rejected_by"][0] if row["rejected_by"] else ""
+        # The name becomes a line of the counts, so it must be one.
         raise Dropped(f"rejected: {rule if _RULE.fullmatch(rule) else 'no rule is named'}")
     if not row["rationale"].strip() or not row["answer"].strip():
         raise Dropped("no rationale or no answer")
@@ -393,78 +340,69 @@ def _check(row: Mapping, length: int, config: TraceArguments) -> None:
         raise Dropped("longer than max_rationale_tokens", f"{length} tokens")
 
 
-def _split(usable: Sequence[_Trace], share: float, seed: int) -> dict[bool, list[_Trace]]:
-    """Return the traces to train on (False) and to validate with (True); a question is in one of the two."""
-    parts: dict[bool, list[_Trace]] = {False: [], True: []}
-    for trace in usable:
-        parts[Random(f"{seed}/{trace.sample_id}/validation").random() < share].append(trace)
-    return parts
-
-
-def _chosen(
-    traces: Sequence[_Trace], weights: Mapping[str, float], config: TraceArguments, seed: int
-) -> list[tuple[_Trace, bool]]:
-    """Return the traces that are used, in the store's order, each with whether it only answers."""
-    by_question: dict[str, list[_Trace]] = defaultdict(list)
-    for trace in traces:
-        by_question[trace.sample_id].append(trace)
-    chosen = []
-    for sample_id, group in by_question.items():
-        if config.traces_per_question:
-            group = _drawn(group, weights, config.traces_per_question, Random(f"{seed}/{sample_id}/draw"))
-        rng = Random(f"{sample_id}/row")  # which rows only answer depends neither on the seed nor on the teachers
-        chosen += [(trace, rng.random() < config.direct_share) for trace in group]
-    return sorted(chosen, key=lambda pair: pair[0].index)
-
-
-def _drawn(group: Sequence[_Trace], weights: Mapping[str, float], count: int, rng: Random) -> list[_Trace]:
-    """Draw some traces of a question without replacement: first a teacher by weight, then one of its traces."""
-    left = list(group)
-    drawn: list[_Trace] = []
-    while left and len(drawn) < count:
-        names = sorted({trace.teacher for trace in left})
-        name = rng.choices(names, [weights[name] for name in names])[0]
-        trace = rng.choice([trace for trace in left if trace.teacher == name])
-        drawn.append(trace)
-        left.remove(trace)
-    return drawn
-
-
-def _plan(
-    chosen: list[tuple[_Trace, bool]], config: TraceArguments, seed: int, count: int | None
-) -> list[tuple[_Trace, bool]]:
-    """Return the rows of an epoch: no more than `count`, and for a curriculum in their order.
-
-    Without a curriculum the trainer shuffles them, anew in each epoch. With one, rows that only answer have their places
-    drawn at random among the others.
-    """
-    rng = Random(f"{seed}/plan")
-    if count is not None and count < len(chosen):
-        chosen = [chosen[place] for place in sorted(rng.sample(range(len(chosen)), count))]
-    if config.curriculum == "none":
-        return chosen
-    rng.shuffle(chosen)
-    growing = iter(sorted((pair for pair in chosen if not pair[1]), key=lambda pair: pair[0].length))
-    return [pair if pair[1] else next(growing) for pair in chosen]
-
-
 def _counts(
-    plan: Sequence[tuple[_Trace, bool]], usable: Sequence[_Trace], weights: Mapping[str, float], drops: DropLog
+    epoch: Sequence[PlannedRow], usable: Sequence[TraceChoice], weights: Mapping[str, float], drops: DropLog
 ) -> list[SourceCount]:
-    used = Counter(DIRECT if direct else trace.teacher for trace, direct in plan)
+    """Return what was read, kept and used, by teacher; rows that answer directly are a line of their own."""
+    used = Counter(DIRECT if row.direct else row.trace.teacher for row in epoch)
     kept = Counter(trace.teacher for trace in usable)
-    counts = [
-        SourceCount(
-            name, used[name] / len(plan), available=drops.read[name], read=drops.read[name], kept=kept[name], used=used[name]
-        )
-        for name in weights
-    ]  # fmt: skip
+    counts = []
+    for name in weights:
+        read = drops.read[name]
+        share = used[name] / len(epoch)
+        counts.append(SourceCount(name, share, available=read, read=read, kept=kept[name], used=used[name]))
     if used[DIRECT]:
         answers = used[DIRECT]
-        counts.append(
-            SourceCount(DIRECT, answers / len(plan), available=answers, read=answers, kept=answers, used=answers)
-        )
+        share = answers / len(epoch)
+        counts.append(SourceCount(DIRECT, share, available=answers, read=answers, kept=answers, used=answers))
     return counts
+
+
+class _TeacherSource:
+    """One teacher's traces as a source for `Preprocessor`.
+
+    Args:
+        name: of the teacher.
+        root: folder that paths of pictures start from.
+        descriptions: what a student without eyes is told in place of pictures; None where it sees them.
+    """
+
+    def __init__(self, name: str, root: Path, descriptions: Descriptions | None):
+        self.name = name
+        self.roots = [root]
+        self.config = SourceConfig(str(root))
+        self._descriptions = descriptions
+
+    def conversation(self, row: Mapping | Unreadable) -> Conversation:
+        """Return a trace, as `_validated` leaves it, as the one turn that is trained on.
+
+        Raises:
+            Dropped: a student without eyes is told nothing of its pictures.
+        """
+        if not isinstance(row, Mapping):
+            raise bad_row(f"it is {kind(row)}")
+        rationale, answer = row["rationale"], row["answer"]
+        if row["direct"]:
+            rationale = ""
+            # The gold answer is as short as answers shall be; the teacher's may be a sentence.
+            if row["golds"]:
+                answer = row["golds"][0]
+        images = as_items(row["images"] or row.get("image_paths"))
+        question = student_question(row)
+        if self._descriptions is not None:
+            images = []
+            question = f"{self._descriptions.of(row)}\n{question}"
+        turns = [message("user", question, len(images)), message("assistant", reasoned(rationale, answer))]
+        options = {"enable_thinking": not row["direct"]}
+        return well_formed(Conversation(images, turns, template_options=options))
+
+
+def student_question(row: Mapping) -> str:
+    """Return a question as it is put to the student: with its choices, lettered, where it has some."""
+    lines = [row["question"]]
+    for place, choice in enumerate(row["choices"]):
+        lines.append(f"{chr(ord('A') + place)}. {choice}")
+    return "\n".join(lines)
 
 
 class _Rows:
@@ -473,11 +411,11 @@ class _Rows:
     def __init__(
         self,
         stored: Dataset,
-        plan: Sequence[tuple[_Trace, bool]],
-        teachers: Mapping[str, _Teacher],
-        reader: Reader,
+        plan: Sequence[PlannedRow],
+        teachers: Mapping[str, _TeacherSource],
+        preprocessor: Preprocessor,
     ):
-        self._stored, self._plan, self._teachers, self._reader = stored, plan, teachers, reader
+        self._stored, self._plan, self._teachers, self._preprocessor = stored, plan, teachers, preprocessor
         self._unreadable: set[int] = set()
 
     def dataset(self) -> Dataset:
@@ -504,13 +442,13 @@ class _Rows:
                 (stored,) = plain_rows(self._stored[trace.index])
                 conversation = teacher.conversation({**_validated(stored), "direct": direct})
                 check(conversation)
-                if self._reader.blind:
+                if self._preprocessor.blind:
                     conversation = conversation.without_images()
-                row = self._reader.training_row(teacher, conversation, pictures)
+                row = self._preprocessor.training_row(teacher, conversation, pictures)
             except Dropped as dropped:
                 self._unreadable.add(trace.index)
-                self._reader.drops.add(trace.teacher, trace.index, dropped)
+                self._preprocessor.drops.add(trace.teacher, trace.index, dropped)
                 continue
             return {**row, "source": DIRECT} if direct else row
-        drops = self._reader.drops
+        drops = self._preprocessor.drops
         raise ValueError(f"no trace can be read: {', '.join(map(drops.summary, drops.reasons))}")

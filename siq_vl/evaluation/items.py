@@ -10,7 +10,7 @@ from PIL import Image
 from siq_vl.data.conversations import Dropped, text_of
 from siq_vl.data.fields import as_items
 from siq_vl.data.images import decode_image
-from siq_vl.data.preprocessing import DropLog, Reader
+from siq_vl.data.preprocessing import DropLog, Preprocessor
 from siq_vl.data.sources import Source
 from siq_vl.parsing.answers import parse
 
@@ -78,8 +78,8 @@ class Item:
         """
         if self.source is None:
             return [_decoded(image, self.id) for image in self.images]
-        reader = Reader(DropLog(1.0))
-        return [reader.image(image, self.source) for image in self.images]
+        preprocessor = Preprocessor(DropLog(1.0))
+        return [preprocessor.image(image, self.source) for image in self.images]
 
     def prompt(self, blind: bool = False) -> list[dict]:
         """Return the conversation to complete, on request with every picture withheld."""

@@ -9,7 +9,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from siq_vl.data.figures.dataset import Sample, sample
+from siq_vl.data.figures.dataset import FigureSample, sample
 from siq_vl.data.images import decode_image, find_under
 from siq_vl.page.cards import card, empty_card, picture_address
 from siq_vl.page.streaming import StreamingModel
@@ -108,7 +108,7 @@ def launch_options() -> dict[str, Any]:
     }
 
 
-def held_out_examples() -> list[Sample]:
+def held_out_examples() -> list[FigureSample]:
     """Return drawn figures that no training showed, with their questions."""
     return [sample("test", place, domain=domain, hard=False) for domain, place in _EXAMPLES]
 

@@ -10,7 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.data.feature_cache.build import FeaturesTooLarge, cached_rows, share_stored, store_of
-from siq_vl.data.feature_cache.store import Layout
+from siq_vl.data.feature_cache.store import FeatureLayout
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.checkpoints import samples_a_step
@@ -133,7 +133,7 @@ def feature_plan(recipe: Recipe, config: SiQVLConfig, rows: int | None, availabl
     if reason := obstacle(recipe, config, any(source.streaming for source in recipe.data.sources)):
         return f"not stored: {reason}"
     side = vision.image_size // vision.patch_size
-    layout = Layout(side, side, vision.hidden_size, settings.feature_cache_dtype)
+    layout = FeatureLayout(side, side, vision.hidden_size, settings.feature_cache_dtype)
     size = (
         f"{side * side} patches x {vision.hidden_size} channels in {layout.dtype} = {layout.tile_bytes:,} bytes a tile"
     )

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from siq_vl.data.feature_cache.pictures import Picture, Pictures, with_pictures
-from siq_vl.data.feature_cache.store import DTYPES, FeatureStore, FeatureWriter, Layout
+from siq_vl.data.feature_cache.store import DTYPES, FeatureLayout, FeatureStore, FeatureWriter
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
@@ -125,7 +125,7 @@ def store_of(
         return None  # before the weights are hashed
     patch, size = model.config.vision_config.patch_size, processor._tile_size({})
     width = model.config.vision_config.hidden_size
-    layout = Layout(size[0] // patch, size[1] // patch, width, settings.feature_cache_dtype)
+    layout = FeatureLayout(size[0] // patch, size[1] // patch, width, settings.feature_cache_dtype)
     about = what_features_depend_on(model, processor, bf16)
     name = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
     folder = Path(settings.feature_cache_dir) / f"{name}-{layout.dtype}"

@@ -40,7 +40,7 @@ _ABOUT, _MERGED = "about.json", "merged.npy"
 
 
 @dataclass(frozen=True)
-class Layout:
+class FeatureLayout:
     """How the features of one tile are stored.
 
     Args:
@@ -97,7 +97,7 @@ class FeatureWriter:
         flush_seconds: entries are put on disk at least so often; what is younger is lost with the process.
     """
 
-    def __init__(self, folder: Path, layout: Layout, flush_seconds: float = _FLUSH_SECONDS):
+    def __init__(self, folder: Path, layout: FeatureLayout, flush_seconds: float = _FLUSH_SECONDS):
         self.folder, self.layout, self.flush_seconds = folder, layout, flush_seconds
         self.written = 0  # bytes
         self._begin()
@@ -121,7 +121,7 @@ class FeatureWriter:
         Args:
             key: 16 bytes.
             size: height and width of the picture as it was decoded.
-            packed: what `Layout.pack` made of its tiles.
+            packed: what `FeatureLayout.pack` made of its tiles.
         """
         self._features.write(packed.tobytes())
         halves = np.frombuffer(key, "<u8")
@@ -172,7 +172,7 @@ class FeatureStore:
         ValueError: the folder holds something else.
     """
 
-    def __init__(self, folder: Path, layout: Layout, about: Mapping[str, Any] | None = None):
+    def __init__(self, folder: Path, layout: FeatureLayout, about: Mapping[str, Any] | None = None):
         self.folder, self.layout = Path(folder), layout
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {**(about or {}), "layout": asdict(layout)}

@@ -33,7 +33,7 @@ _CONTENT_SPLITS = {0: "test", 1: "validation"}
 
 
 @dataclass(frozen=True)
-class Sample:
+class FigureSample:
     """A figure, one question about it, and the picture on demand.
 
     `hard` marks the reported-only row: axis reading without printed values, and sums of three or more terms.
@@ -59,7 +59,9 @@ def content_split(figure: Figure) -> str:
     return _CONTENT_SPLITS.get(crc32(figure.content.encode()) % _PARTS, "train")
 
 
-def sample(split: str, index: int, *, seed: int = 0, domain: str | None = None, hard: bool | None = None) -> Sample:
+def sample(
+    split: str, index: int, *, seed: int = 0, domain: str | None = None, hard: bool | None = None
+) -> FigureSample:
     """Draw one sample; the same arguments give the same sample on any machine.
 
     Args:
@@ -94,7 +96,7 @@ def sample(split: str, index: int, *, seed: int = 0, domain: str | None = None, 
         questions = figure.questions(rng)
         allowed = [question for question in questions if figure.hard or question.hard == wants_hard]
         if allowed or (hard is None and (allowed := [question for question in questions if not question.hard])):
-            return Sample(name, figure, rng.choice(allowed))
+            return FigureSample(name, figure, rng.choice(allowed))
 
 
 def rationale(figure: Figure, question: Question, style: str = "structured") -> str:

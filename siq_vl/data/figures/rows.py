@@ -6,7 +6,7 @@ from random import Random
 
 from datasets import Dataset
 
-from siq_vl.data.figures.dataset import CAPTION_PROMPT, Sample, rationale, sample
+from siq_vl.data.figures.dataset import CAPTION_PROMPT, FigureSample, rationale, sample
 
 TASKS = ("caption", "answer", "reason")
 CAPTION_PROMPTS = (CAPTION_PROMPT, "What is in the picture?", "Describe this picture.")
@@ -28,7 +28,9 @@ def reasoned(reasoning: str, answer: str) -> str:
     return f"<think>{reasoning}</think><answer>{answer}</answer>"
 
 
-def row(drawn: Sample, task: str, *, style: str = "structured", direct_share: float = 0.0, blind: bool = False) -> dict:
+def row(
+    drawn: FigureSample, task: str, *, style: str = "structured", direct_share: float = 0.0, blind: bool = False
+) -> dict:
     """Return one training row: `images`, `prompt`, `completion` and, in stage 3, `chat_template_kwargs`.
 
     Args:
