@@ -13,9 +13,9 @@ inside out:
    only where `answer_weight` is not 1.
 3. `SourceCollator` (the same module) adds the names of the rows' sources, which the ones inside, TRL's own among them,
    do not know. `SiQVLTrainer` puts it around whatever collator it is given.
-4. `PackingCollator` (`siq_vl.data.packing`) takes the padded batch apart and joins its samples to packed rows, names and
-   weights with them; so it has to be outermost. The trainer puts it on for its training batches alone: evaluation and
-   the counting of lengths see padded batches.
+4. `PackingCollator` (`siq_vl.data.packing`) takes the padded batch apart and joins its samples to packed rows, names
+   and weights with them; so it has to be outermost. The trainer puts it on for its training batches alone: evaluation
+   and the counting of lengths see padded batches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,6 +59,7 @@ def supervised_segments(
     Raises:
         ValueError: the template writes an assistant turn otherwise than it prompts for it, or rewrites earlier turns.
     """
+    # Turns are found by where they begin and end in the whole text, not by the template's markers.
     whole = processor.apply_chat_template(list(messages), tokenize=False, **options)
     segments, position = [], 0
     for index, message in enumerate(messages):
@@ -147,6 +148,7 @@ class ConversationCollator:
         options = row.get("chat_template_kwargs") or {}
         if "messages" in row:
             return supervised_segments(self.processor, row["messages"], options)
+        # Turns of the prompt are context, also those of the assistant, as TRL takes them.
         messages = [*row["prompt"], *row["completion"]]
         return supervised_segments(self.processor, messages, options, first=len(row["prompt"]))
 

@@ -58,6 +58,7 @@ class MixtureConfig:
                 self.sources[place] = SourceConfig(**source)
         if not self.sources:
             raise ValueError("sources is empty; name at least one, for instance `path: figures`")
+        # A source without a weight would have no share beside weighted ones.
         weighted = [each.path for each in self.sources if each.weight is not None]
         if weighted and len(weighted) < len(self.sources):
             raise ValueError(f"weight is set for {', '.join(weighted)} alone; set it for every source or for none")
@@ -190,10 +191,10 @@ def build_mixture(
 
 
 def _bounded(count: int | None, config: SourceConfig) -> int:
-    bounds = [bound for bound in (count, config.max_samples) if bound is not None]
-    if not bounds:
+    least = _least(count, config.max_samples)
+    if least is None:
         raise ValueError(_NO_END)
-    return min(bounds)
+    return least
 
 
 def _opened(config: MixtureConfig, task: str, base: Path | None, preprocessor: Preprocessor) -> "list[MixtureSource]":
@@ -293,6 +294,7 @@ class DrawnFigures(MixtureSource):
             most = math.ceil(self.size / parts)
         while True:
             for position in range(most):
+                # Every part has figures of its own; a streamed picture is seen once, and its features are not stored.
                 yield self.row(position * parts + part, Pictures())
 
     def counted(self, used: int, share: float) -> SourceCount:
@@ -352,6 +354,7 @@ class CheckedSource(MixtureSource):
             number = self.numbers[(position + step) % self.kept]
             if number in self.unreadable:
                 continue
+            # Counted as read again, since a picture that cannot be read is counted as broken only now.
             self.drops.read[self.name] += 1
             try:
                 conversation = self.preprocessor.conversation(self.source, self.source[number])
@@ -407,9 +410,9 @@ class CheckedSource(MixtureSource):
         return SourceCount(self.name, share, available=len(self.source), read=read, kept=self.kept, used=used)
 
 
-def _least(*bounds: int | None) -> int:
-    """Return the least of bounds, of which at least one is set."""
-    return min(bound for bound in bounds if bound is not None)
+def _least(*bounds: int | None) -> int | None:
+    """Return the least of bounds, of which each may be missing; None where all are."""
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 class MixedRows(RowTransform):
@@ -427,20 +430,22 @@ class MixedRows(RowTransform):
     def stored(self, count: int | None) -> Mixture:
         """Look stored rows through, and return a mixture that any row can be read from."""
         shares = self._shares([source.size for source in self.sources])
-        duplicates = Duplicates()
+        duplicates = Duplicates()  # one for all: what one source has is a duplicate in the next
         for source, share in zip(self.sources, shares, strict=True):
+            # No more rows are looked at than the run will use: each costs reading and checking.
             most = None
             if count is not None:
                 most = math.ceil(count * share)
             source.look_through(most, duplicates)
         used = self._used(count, shares)
-        plan = []
+        plan = []  # (source, position) of each row
         for index, (source, rows) in enumerate(zip(self.sources, used, strict=True)):
             for position in range(rows):
                 # A source that has fewer rows than its share wants gives them again.
                 if source.kept is not None:
                     position %= source.kept
                 plan.append((index, position))
+        # Shuffled here, not by the trainer alone: the first rows, which may be held out, are to be of every source.
         Random(f"{self.config.data_seed_offset}/plan").shuffle(plan)
         columns = {"source": [index for index, _ in plan], "position": [position for _, position in plan]}
         counts = []
@@ -505,6 +510,7 @@ class MixedRows(RowTransform):
             return kept
         # The source that runs out first ends the mixture.
         whole = min(rows / share for rows, share in zip(kept, shares, strict=True))
+        # What should come out whole may come out a little below.
         return [max(1, math.floor(whole * share + 1e-9)) for share in shares]
 
     def _generate(self, parts: Sequence[int], readers: int, shares: Sequence[float]) -> Iterator[dict]:
@@ -513,6 +519,7 @@ class MixedRows(RowTransform):
         `datasets` deals the list `parts` out, and so every reader is called with one of them.
         """
         streams = {index: source.rows(parts[0], readers) for index, source in enumerate(self.sources)}
+        # Each row earns every source its share, and costs the source that gives it 1.
         credit = dict.fromkeys(streams, 0.0)
         while streams:
             for index in streams:

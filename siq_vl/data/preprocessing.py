@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Defects are judged against at least so many rows, so that one bad row among the first few does not end a run.
 LEAST_ROWS = 100
-_OPENED = Pictures()
+_OPENED = Pictures()  # pictures are opened, where nothing else is asked for
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[float]]
 
 
@@ -54,6 +54,7 @@ class DropLog:
         Raises:
             ValueError: more than `max_bad_share` of the source's rows are broken.
         """
+        # A row may be met in every epoch; it is counted once.
         if (source, row) in self._known:
             return
         self._known.add((source, row))
@@ -61,6 +62,7 @@ class DropLog:
         reasons[dropped.reason] += 1
         self._examples.setdefault((source, dropped.reason), dropped.detail)
         if self.path is not None:
+            # Opened for each line: loader processes append to the same file.
             entry = {"source": source, "row": row, "reason": dropped.reason, "detail": dropped.detail}
             with open(self.path, "a", encoding="utf-8") as log:
                 log.write(json.dumps(entry) + "\n")
@@ -121,6 +123,7 @@ class DropLog:
         if self.path is None or int(os.environ.get("RANK", "0")):  # one process begins for all
             return
         header = json.dumps({"run": run}, default=str, sort_keys=True)
+        # A run that goes on from a checkpoint keeps what it has noted.
         if self.path.exists() and self.path.read_text(encoding="utf-8").startswith(header + "\n"):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,6 +179,7 @@ class Preprocessor:
         conversation = filtered(conversation, source.config.filters)
         if self.blind:
             conversation = conversation.without_images()
+        # Whether pictures are there is known without opening them; whether they can be decoded is not.
         for image in conversation.images:
             _locate(image, source)
         self._check_length(conversation, None)
@@ -239,6 +243,7 @@ class Preprocessor:
             except Dropped as dropped:
                 self.drops.add(source.name, number, dropped)
                 continue
+            # Scores come last: they alone need the pictures decoded, and a model.
             if filters.min_image_text_score is None or not conversation.images:
                 yield number, conversation
                 continue
@@ -254,6 +259,7 @@ class Preprocessor:
         readable, images = [], []
         for number, conversation in rows:
             try:
+                # The first picture stands for all: the text tower reads one text.
                 images.append(self.image(conversation.images[0], source))
                 readable.append((number, conversation))
             except Dropped as dropped:
@@ -289,6 +295,7 @@ class Preprocessor:
         texts = [segment.text for segment in segments]
         ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
         count = sum(map(len, ids)) - len(conversation.images)  # each picture is one token of the text so far
+        # Cut into tiles, a picture's tokens depend on its size; until somebody opens it, it counts as one tile.
         if sizes:
             count += sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
         else:
@@ -305,7 +312,8 @@ def _locate(image: Any, source: ConversationSource) -> Path | bytes | str | Imag
     """
     if isinstance(image, Mapping):  # as `datasets` stores pictures
         stored = image.get("bytes")
-        if stored is None or stored == b"":
+        is_empty = isinstance(stored, bytes) and not stored
+        if stored is None or is_empty:
             stored = image.get("path")
         image = stored
     if isinstance(image, (bytes, Image.Image)):
@@ -314,9 +322,11 @@ def _locate(image: Any, source: ConversationSource) -> Path | bytes | str | Imag
         raise Dropped("missing image", f"{kind(image)} in place of a picture", defect=True)
     if not image:
         raise Dropped("missing image", "an empty name in place of a picture", defect=True)
+    # Such a text would be taken for the name of a file, and fill the log.
     if image.startswith("data:"):
         raise Dropped("inline image", "a data: address: give the picture as a file or as bytes", defect=True)
     if is_remote(image):
+        # A row must not make this machine send requests that its user did not allow.
         if not source.config.allow_remote_images:
             raise Dropped("remote image", f"{image[:200]}: set allow_remote_images to fetch it", defect=True)
         return image

@@ -91,6 +91,7 @@ def what_features_depend_on(
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     vision = model.config.vision_config
+    # Under autocast the weights keep their type, and the tower computes in another.
     computed_in = str(next(model.model.vision_tower.parameters()).dtype)
     if bf16:
         computed_in = "bfloat16"
@@ -112,7 +113,7 @@ def what_features_depend_on(
 
 
 def _hash_of_a_prepared_gradient(processor: SiQVLProcessor) -> str:
-    """Return the hash of a picture as it is prepared: it shows whatever the settings do not, another backend for one."""
+    """Return the hash of a picture as it is prepared, which shows what no setting does: another backend, for one."""
     gradient = np.indices((97, 61)).sum(0)[..., None] * np.array([1, 2, 3]) % 256
     prepared = processor(images=[gradient.astype(np.uint8)], return_tensors="np")["pixel_values"]
     return hashlib.blake2b(np.ascontiguousarray(prepared, np.float32).tobytes(), digest_size=16).hexdigest()
@@ -155,6 +156,7 @@ def store_of(
 
 def share_stored(rows: Dataset, store: FeatureStore) -> float:
     """Return the share of the pictures of some of the rows whose features are stored."""
+    # Nothing is decoded for it: this runs before it is known whether features are stored at all.
     named = with_cached_pictures(rows, CachedPictures(store, open_missing=False))
     stored, total = 0, 0
     # Rows from all over the data set: sources may be stored in part.
@@ -360,6 +362,7 @@ def _mean_tiles(rows: Dataset, numbers: Sequence[int], store: FeatureStore, proc
 def _refusal(needed: int, settings: FeatureArguments) -> str | None:
     """Return why so many bytes may not be written; None where they may."""
     folder = Path(settings.feature_cache_dir)
+    # The budget is for the folder: stores of other towers count, too.
     used = sum(path.stat().st_size for path in folder.rglob("*.features"))
     budget = settings.feature_cache_gb * 1e9
     if used + needed > budget:
@@ -388,6 +391,7 @@ def _tower_at_work(model: SiQVLForConditionalGeneration, device: torch.device | 
     before = []
     for part in parts:
         before.append((part, part.training, next(part.parameters()).device))
+        # No dropout: stored features are those of evaluation.
         part.eval().to(device)
     try:
         yield
@@ -416,6 +420,7 @@ def _build(
             if batch.tiles is not None:
                 features = _features(model, batch.tiles, bf16)
                 packed = store.layout.pack(features)
+                # What is stored is compared with what was computed, so that the log can say what it costs.
                 errors.add(features, store.layout.unpack(torch.from_numpy(packed)))
                 parts = np.split(packed, np.cumsum(batch.tile_counts)[:-1])
                 for key, size, part in zip(batch.keys, batch.sizes, parts, strict=True):
@@ -423,6 +428,7 @@ def _build(
                     if key not in written:
                         writer.add(key, size, part)
                         written.add(key)
+            # The loader gives so many rows at once, the last time fewer.
             progress.update(min(_TILES_AT_ONCE, len(numbers) - progress.n))
     logger.info("%d pictures, %s; %s", len(written), _gb(writer.written), errors.text(store.layout.dtype))
 
@@ -448,6 +454,7 @@ class _Errors:
         """Compare features of shape `(n_tiles, n_patches, width)` with what is read back of them."""
         features = features.float().cpu().flatten(0, 1)
         error = (stored.float().reshape(features.shape) - features).norm(dim=-1)
+        # A patch of zeros has no length to compare with.
         relative = error / features.norm(dim=-1).clamp(min=1e-12)
         self.largest = max(self.largest, relative.max().item())
         self.sum += relative.sum().item()
