@@ -75,7 +75,7 @@ def trl(row: Mapping, source: SourceInfo) -> Conversation:
             options[name] = value
     # Plain texts may say `<image>` where a picture belongs; lists of parts say it themselves.
     if all(isinstance(content, str) for _, content in turns):
-        return Conversation(images, with_markers(turns, len(images)), template_options=options)
+        return Conversation(images, with_markers(_strings(turns), len(images)), template_options=options)
     inline, in_parts = [], []
     for role, content in turns:
         parts, found = _parts(content)

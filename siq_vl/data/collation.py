@@ -112,7 +112,9 @@ class ConversationCollator:
         Raises:
             ValueError: a row is longer than `max_length`, or its pictures do not fit its placeholders.
         """
-        images, texts, segmented = [], [], []
+        images: list = []
+        texts: list[str] = []
+        segmented: list[list[Segment]] = []
         for row in rows:
             segments = self._segments(row)
             segmented.append(segments)

@@ -106,7 +106,7 @@ def as_text(value: Any, name: str) -> str:
         raise bad_row(f"{name} is {kind(value)}, where a text is needed")
     # Published answers are often numbers: 3, or 2.5.
     is_whole = isinstance(value, Integral)
-    too_long = is_whole and int(value).bit_length() > _MOST_BITS
+    too_long = isinstance(value, Integral) and int(value).bit_length() > _MOST_BITS
     if too_long or not (is_whole or math.isfinite(value)):
         raise bad_row(f"{name} is a number that is not finite or too long, where a text is needed")
     return str(value)

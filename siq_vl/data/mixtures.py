@@ -223,13 +223,16 @@ class MixtureSource(ABC):
         name: of its rows' counts and losses.
         size: rows that it may give before training; None where it has no end.
         streamed_size: the same for a mixture that is streamed; None where nobody knows.
-        kept: different rows that it gives, once `look_through` has been called; None where it has no end.
     """
 
     name: str
     size: int | None
     streamed_size: int | None
-    kept: int | None
+
+    @property
+    @abstractmethod
+    def kept(self) -> int | None:
+        """Different rows that it gives, once `look_through` has been called; None where it has no end."""
 
     @abstractmethod
     def look_through(self, most: int | None, duplicates: Duplicates) -> None:
@@ -270,8 +273,12 @@ class DrawnFigures(MixtureSource):
     streamed_size = None
 
     def __init__(self, config: SourceConfig, task: str, seed: int, blind: bool):
-        self.size = self.kept = config.max_samples
+        self.size = config.max_samples
         self.task, self.seed, self.blind = task, seed, blind
+
+    @property
+    def kept(self) -> int | None:
+        return self.size
 
     def note_damage(self) -> None:
         """Do nothing: there are no files."""

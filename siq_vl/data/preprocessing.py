@@ -15,7 +15,7 @@ from PIL import Image
 
 from siq_vl.data.collation import supervised_segments
 from siq_vl.data.conversations import Conversation, Dropped, check
-from siq_vl.data.feature_cache.pictures import Pictures, RowPicture
+from siq_vl.data.feature_cache.pictures import Pictures
 from siq_vl.data.fields import Unreadable, kind
 from siq_vl.data.filters import Duplicates, filtered
 from siq_vl.data.images import decode_image, find_under, read_encoded
@@ -202,8 +202,8 @@ class Preprocessor:
             "chat_template_kwargs": dict(conversation.template_options),
         }
 
-    def image(self, image: Any, source: ConversationSource, pictures: Pictures = _OPENED) -> RowPicture:
-        """Return a picture of a row, come by through `pictures`; by default opened.
+    def image(self, image: Any, source: ConversationSource, pictures: Pictures = _OPENED) -> Any:
+        """Return a picture of a row, a `RowPicture` come by through `pictures`; by default a PIL image.
 
         Raises:
             Dropped: it is missing, damaged, too large to be safe, out of bounds, or remote without leave.
@@ -215,9 +215,7 @@ class Preprocessor:
         try:
             if isinstance(found, Image.Image):
                 return pictures.from_pixels(to_rgb(found))
-            content = found
-            if isinstance(found, str):
-                content = download_image(found)
+            content = download_image(found) if isinstance(found, str) else found
             # Decoded only if `pictures` wants it: a picture whose features are stored is not.
             decode = partial(decode_image, content, name, self.max_image_side)
             return pictures.from_encoded(content, self.max_image_side, decode)

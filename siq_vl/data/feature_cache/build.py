@@ -440,7 +440,8 @@ def _features(model: SiQVLForConditionalGeneration, tiles: torch.Tensor, bf16: b
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         # A row may have any number of pictures, and a picture many tiles: the device takes so many at once.
         for part in tiles.split(_TILES_AT_ONCE):
-            parts.append(model.get_image_features(part.to(device), return_dict=True).last_hidden_state)
+            output: Any = model.get_image_features(part.to(device), return_dict=True)
+            parts.append(output.last_hidden_state)
     return torch.cat(parts)
 
 

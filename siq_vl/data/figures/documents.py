@@ -49,7 +49,7 @@ class Receipt(Figure):
         return False
 
     def cells(self) -> dict[tuple[int, int], Fact]:
-        found = {}
+        found: dict[tuple[int, int], Fact] = {}
         for row, fact in enumerate(self.facts, 1):  # the top of the receipt is blank
             found[row, 1] = found[row, 2] = fact
         return found
@@ -94,7 +94,7 @@ class Signs(Figure):
         return any(word in HELD_OUT_SIGNS for _, word in self.boards)
 
     def cells(self) -> dict[tuple[int, int], Fact]:
-        found = {}
+        found: dict[tuple[int, int], Fact] = {}
         for row, fact in enumerate(self.boards):  # a sign is two cells high; its word is in the lower
             found[2 * row + 1, 1] = found[2 * row + 1, 2] = fact
         return found

@@ -100,7 +100,7 @@ class Scene(Figure):
         color = max(colors, key=colors.count) if rng.random() < 0.5 else rng.choice(colors)
         if rng.random() < 0.15:
             color = rng.choice([absent for absent in COLORS if absent not in colors])
-        counted = []
+        counted: list[str] = []
         for name, other, _ in self.objects:
             if other == color:
                 counted.append(f"{len(counted) + 1} {name} {color}")
