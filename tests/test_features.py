@@ -27,7 +27,7 @@ from siq_vl.data.conversations import message
 from siq_vl.data.feature_cache import build as features_build
 from siq_vl.data.feature_cache import store as features_store
 from siq_vl.data.feature_cache.build import FeatureArguments, cached_rows, store_of, what_features_depend_on
-from siq_vl.data.feature_cache.pictures import Picture, Pictures, with_pictures
+from siq_vl.data.feature_cache.pictures import CachedPicture, CachedPictures, with_cached_pictures
 from siq_vl.data.feature_cache.store import ENTRY, FeatureLayout, FeatureStore, FeatureWriter
 from siq_vl.data.images import decode_image
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
@@ -478,7 +478,7 @@ def test_features_are_stored_where_it_pays(photos, tmp_path, caplog, overrides, 
     trainer = prepared(recipe_for(photos, tmp_path, *overrides))
     assert re.search(f"vision features are {says}", decided(caplog))
     images = [image for row in trainer.train_dataset for image in row["images"]]
-    assert all(isinstance(image, Picture) == says.startswith("stored") for image in images)
+    assert all(isinstance(image, CachedPicture) == says.startswith("stored") for image in images)
     stored = list((tmp_path / "features").rglob("*.features"))
     assert bool(stored) == says.startswith("stored")
 
@@ -490,7 +490,7 @@ def test_one_epoch_reads_what_another_run_stored(photos, tmp_path, caplog):
     trainer = prepared(recipe_for(photos, tmp_path, "--num_train_epochs", "1"))
     assert "100% of the pictures are stored from another run" in decided(caplog)
     assert isinstance(trainer.train_dataset[0]["images"], list)
-    assert all(isinstance(image, Picture) for row in trainer.train_dataset for image in row["images"])
+    assert all(isinstance(image, CachedPicture) for row in trainer.train_dataset for image in row["images"])
 
 
 @pytest.mark.parametrize(
@@ -545,15 +545,15 @@ def test_the_plan_says_what_would_be_stored(photos, tmp_path):
 
 
 def test_any_rows_with_pictures_can_be_keyed(tmp_path, make_image):
-    pictures = Pictures(FeatureStore(tmp_path, LAYOUT))
-    keyed = with_pictures(Dataset.from_dict({"images": [[make_image(0)], []]}), pictures)
+    pictures = CachedPictures(FeatureStore(tmp_path, LAYOUT))
+    keyed = with_cached_pictures(Dataset.from_dict({"images": [[make_image(0)], []]}), pictures)
     assert keyed[0]["images"][0].size == (32, 32) and keyed[1]["images"] == []
     image = make_image(1, size=(20, 30)).quantize(16)
     other = image.copy()
     other.putpalette(bytes(reversed(image.getpalette())))  # the same indices of other colours
     assert image.tobytes() == other.tobytes()
     one, two, three, four = (
-        pictures.opened(each) for each in (image, other, image.convert("RGB"), np.asarray(image.convert("RGB")))
+        pictures.from_pixels(each) for each in (image, other, image.convert("RGB"), np.asarray(image.convert("RGB")))
     )
     assert one.key == three.key == four.key != two.key
     assert one.size == four.size == (20, 30)

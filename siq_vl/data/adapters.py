@@ -34,57 +34,69 @@ def finevision(row: Mapping, source: SourceInfo) -> Conversation:
     """FineVision, any subset, and The Cauldron: `images`, `texts` of `user` and `assistant`, ratings turn by turn."""
     images = as_items(field(row, "images"))
     turns = []
-    for text in as_list(field(row, "texts"), "texts"):
-        text = as_object(text, "an entry of texts")
-        turns += [("user", field(text, "user")), ("assistant", field(text, "assistant"))]
-    ratings = {name: row[f"{name}_ratings"] for name in RATINGS if row.get(f"{name}_ratings") is not None}
+    for entry in as_list(field(row, "texts"), "texts"):
+        entry = as_object(entry, "an entry of texts")
+        turns += [("user", field(entry, "user")), ("assistant", field(entry, "assistant"))]
+    ratings = {}
+    for name in RATINGS:
+        given = row.get(f"{name}_ratings")
+        if given is not None:  # The Cauldron has none
+            ratings[name] = given
     return Conversation(images, with_markers(_strings(turns), len(images)), ratings)
 
 
 def llava(row: Mapping, source: SourceInfo) -> Conversation:
     """LLaVA-Instruct-150k and everything in its format: `image` (a name, several, or none), `conversations`."""
-    images = as_items(row.get("image") if row.get("image") is not None else row.get("images"))
+    images = as_items(_either(row, "image", "images"))
     turns = []
     for turn in as_list(field(row, "conversations"), "conversations"):
         turn = as_object(turn, "a turn of conversations")
         role = as_text(field(turn, "from"), "from")
+        # A role that is not known stays as it is, and is named when the conversation is checked.
         turns.append((LLAVA_ROLES.get(role, role), field(turn, "value")))
     return Conversation(images, with_markers(_strings(turns), len(images)))
 
 
 def trl(row: Mapping, source: SourceInfo) -> Conversation:
     """TRL's formats: `images` or `image`, with `messages` or with `prompt` and `completion`, conversational or plain."""
-    images = as_items(row.get("images") if row.get("images") is not None else row.get("image"))
+    images = as_items(_either(row, "images", "image"))
     if row.get("messages") is not None:
         listed = as_list(row["messages"], "messages")
     else:
         listed = [*_turns(row, "prompt", "user"), *_turns(row, "completion", "assistant")]
     messages = [as_object(turn, "a message") for turn in listed]
-    turns = [(as_text(field(turn, "role"), "role"), _content(field(turn, "content"), "content")) for turn in messages]
-    options = as_object(row.get("chat_template_kwargs") or {}, "chat_template_kwargs")
-    options = {name: value for name, value in options.items() if value is not None}  # tables fill up with null
-    texts = [(role, content) for role, content in turns if isinstance(content, str)]
-    if len(texts) == len(turns):
-        return Conversation(images, with_markers(texts, len(images)), template_options=options)
-    inline, plain = [], []
+    turns = []
+    for turn in messages:
+        role = as_text(field(turn, "role"), "role")
+        turns.append((role, _content(field(turn, "content"), "content")))
+    options = {}
+    for name, value in as_object(row.get("chat_template_kwargs") or {}, "chat_template_kwargs").items():
+        if value is not None:  # tables fill up with null
+            options[name] = value
+    # Plain texts may say `<image>` where a picture belongs; lists of parts say it themselves.
+    if all(isinstance(content, str) for _, content in turns):
+        return Conversation(images, with_markers(_strings(turns), len(images)), template_options=options)
+    inline, in_parts = [], []
     for role, content in turns:
         parts, found = _parts(content)
-        plain.append({"role": role, "content": parts})
+        in_parts.append({"role": role, "content": parts})
         inline += found
-    return Conversation(inline or images, plain, template_options=options)
+    return Conversation(inline or images, in_parts, template_options=options)
 
 
 def scienceqa(row: Mapping, source: SourceInfo) -> Conversation:
     """ScienceQA, the authors' `problems.json` or the Hub's: question, hint and lettered choices; the letter answers."""
-    image = row.get("image") or None
-    if isinstance(image, str) and "id" in row:
+    image = row.get("image") or None  # many questions have no picture: null, or an empty name
+    if isinstance(image, str) and "id" in row:  # the authors' files, a folder for each question
         split, number = as_text(row.get("split", source.split), "split"), as_text(row["id"], "id")
         image = source.find([f"{split}/{number}/{image}", f"{number}/{image}"])
     choices = texts_of(field(row, "choices"), "choices")
     lines = [as_text(field(row, "question"), "question"), as_text(row.get("hint"), "hint")]
-    lines += [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
-    answer = field(row, "answer")
-    place = -1 if answer is None else as_whole(answer, "answer")
+    for letter, choice in zip(ascii_uppercase, choices, strict=False):
+        lines.append(f"{letter}. {choice}")
+    answer, place = field(row, "answer"), -1  # no choice
+    if answer is not None:
+        place = as_whole(answer, "answer")
     if not 0 <= place < min(len(choices), len(ascii_uppercase)):
         raise Dropped("empty answer", f"answer {answer!r} of {len(choices)} choices", defect=True)
     question = "\n".join(line for line in lines if line)
@@ -112,9 +124,11 @@ def chartqa(row: Mapping, source: SourceInfo) -> Conversation:
 def cocoqa(row: Mapping, source: SourceInfo) -> Conversation:
     """COCO-QA: `question`, `answer`, and the number of a COCO picture, whose file bears one of two kinds of name."""
     image = row.get("image")
-    if image is None:
+    if image is None:  # the authors name the picture by its COCO number alone
         number = as_whole(field(row, "img_id"), "img_id")
-        year = "train2014" if source.split == "train" else "val2014"
+        year = "val2014"  # COCO-QA's test split asks about COCO's validation pictures
+        if source.split == "train":
+            year = "train2014"
         names = [f"COCO_{year}_{number:012}.jpg", f"{number:012}.jpg"]
         image = source.find([*names, f"{year}/{names[0]}"])
     return _answered(image, field(row, "question"), field(row, "answer"), source)
@@ -125,9 +139,14 @@ def ocrvqa(row: Mapping, source: SourceInfo) -> Conversation:
     image = row.get("image")
     if image is None:
         name, address = as_text(field(row, "id"), "id"), as_text(row.get("imageURL", ".jpg"), "imageURL")
-        endings = dict.fromkeys((address.rpartition(".")[2], "jpg", "png", "gif"))
-        image = source.find([path for end in endings for path in (f"{name}.{end}", f"images/{name}.{end}")])
-    questions, answers = (as_list(field(row, name), name) for name in ("questions", "answers"))
+        paths = []
+        # The cover's address tells how its file ends, unless it was saved as something else.
+        for ending in dict.fromkeys((address.rpartition(".")[2], "jpg", "png", "gif")):
+            paths += [f"{name}.{ending}", f"images/{name}.{ending}"]
+        image = source.find(paths)
+    # One row has all questions on a cover: they become the turns of one conversation.
+    questions = as_list(field(row, "questions"), "questions")
+    answers = as_list(field(row, "answers"), "answers")
     if len(questions) != len(answers):
         raise bad_row(f"it has {len(questions)} questions and {len(answers)} answers, where each needs the other")
     turns: list[tuple[str, Any]] = []
@@ -160,7 +179,7 @@ FORMATS: Mapping[str, Adapter] = {
     "vqa": vqa,
     "captions": captions,
 }
-# The columns that tell a format, in the order in which they are looked for.
+# The columns that tell a format, in the order in which they are looked for: the more telling ones first.
 _MARKS: Sequence[tuple[str, frozenset[str]]] = (
     ("finevision", frozenset({"images", "texts"})),
     ("llava", frozenset({"conversations"})),
@@ -197,19 +216,31 @@ def recognise(columns: Sequence[str]) -> str:
 
 def commonest(answers: Sequence[Any]) -> str:
     """Return the answer given most often, the first of them where several are."""
-    counts = Counter(as_text(answer, "an answer") for answer in answers if answer is not None)
-    return counts.most_common(1)[0][0] if counts else ""
+    counts: Counter[str] = Counter()
+    for answer in answers:
+        if answer is not None:
+            counts[as_text(answer, "an answer")] += 1
+    if not counts:
+        return ""
+    return counts.most_common(1)[0][0]
 
 
 def _answered(image: Any, question: Any, answer: Any, source: SourceInfo) -> Conversation:
-    images = [] if image is None else [image]
+    images = [image]
+    if image is None:
+        images = []
     turns = _instructed([("user", question), ("assistant", answer)], source)
     return Conversation(images, with_markers(turns, len(images)))
 
 
 def _instructed(turns: Sequence[tuple[str, Any]], source: SourceInfo) -> list[tuple[str, str]]:
-    after = f"\n{source.instruction}" if source.instruction else ""
-    return [(role, text + after if role == "user" else text) for role, text in _strings(turns)]
+    """Return turns as texts, the recipe's instruction behind each question."""
+    instructed = []
+    for role, text in _strings(turns):
+        if role == "user" and source.instruction:
+            text = f"{text}\n{source.instruction}"
+        instructed.append((role, text))
+    return instructed
 
 
 def _strings(turns: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
@@ -217,17 +248,28 @@ def _strings(turns: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
     return [(role, as_text(text, names.get(role, "a turn"))) for role, text in turns]
 
 
+def _either(row: Mapping, first: str, second: str) -> Any:
+    """Return one of two fields, the first where both are there; null where none is."""
+    if row.get(first) is not None:
+        return row[first]
+    return row.get(second)
+
+
 def _turns(row: Mapping, name: str, role: str) -> Sequence[Any]:
     """Return the turns of a `prompt` or a `completion`, which may be plain text."""
     value = _content(field(row, name), name)
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return value
 
 
 def _content(value: Any, name: str) -> str | list:
     """Return what may be a text or a list: of parts, or of turns."""
     if value is None:
         raise bad_row(f"{name} is null, where a text or a list is needed")
-    return list(value) if isinstance(value, (list, tuple)) else as_text(value, name)
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return as_text(value, name)
 
 
 def _parts(content: str | list) -> tuple[list[dict], list]:
@@ -240,7 +282,11 @@ def _parts(content: str | list) -> tuple[list[dict], list]:
         given = as_text(field(part, "type"), "the type of a part")
         if given == "image":
             parts.append({"type": "image"})
-            images += [part[key] for key in ("image", "path", "url") if part.get(key) is not None][:1]
+            # The picture may lie in the part itself; otherwise it is one of the row's `images`.
+            for key in ("image", "path", "url"):
+                if part.get(key) is not None:
+                    images.append(part[key])
+                    break
         elif given == "text":
             parts.append({"type": "text", "text": as_text(field(part, "text"), "the text of a part")})
         else:

@@ -33,20 +33,24 @@ class Conversation:
 
     def texts(self, role: str) -> list[str]:
         """Return the text of every turn of a role."""
-        return [text_of(message) for message in self.messages if message["role"] == role]
+        return [text_of(turn) for turn in self.messages if turn["role"] == role]
 
     def without_images(self) -> "Conversation":
         """Return the conversation with every picture withheld."""
-        messages = [
-            {**message, "content": [part for part in message["content"] if part["type"] != "image"]}
-            for message in self.messages
-        ]
+        messages = []
+        for turn in self.messages:
+            content = [part for part in turn["content"] if part["type"] != "image"]
+            messages.append({**turn, "content": content})
         return replace(self, images=[], messages=messages)
 
 
-def text_of(message: Mapping) -> str:
+def text_of(turn: Mapping) -> str:
     """Return the text of a message."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+    return "".join(part["text"] for part in turn["content"] if part["type"] == "text")
+
+
+def _count_images(turn: Mapping) -> int:
+    return sum(part["type"] == "image" for part in turn["content"])
 
 
 def message(role: str, text: str, images: int = 0) -> dict:
@@ -63,25 +67,32 @@ def with_markers(turns: Sequence[tuple[str, str]], images: int) -> list[dict]:
         Dropped: there are markers, and not as many as pictures.
     """
     markers = sum(text.count(IMAGE_MARKER) for role, text in turns if role == "user")
+    # Without any marker the row says nothing of places; with some it must say all.
     if markers not in (0, images):
         raise Dropped("image markers do not fit", f"{markers} markers for {images} pictures", defect=True)
-    messages, unplaced = [], 0 if markers else images
+    unplaced = images
+    if markers:
+        unplaced = 0
+    messages = []
     for role, text in turns:
-        if role == "user" and IMAGE_MARKER in text:
+        if role != "user":  # the assistant may write `<image>`, and means the word
+            messages.append(message(role, text))
+        elif IMAGE_MARKER in text:
             messages.append({"role": role, "content": _split_at_markers(text)})
         else:
-            messages.append(message(role, text, unplaced if role == "user" else 0))
-            unplaced = 0 if role == "user" else unplaced
+            messages.append(message(role, text, unplaced))
+            unplaced = 0
     return messages
 
 
 def _split_at_markers(text: str) -> list[dict]:
     parts: list[dict] = []
     for index, piece in enumerate(text.split(IMAGE_MARKER)):
-        if index:
+        if index:  # a marker lies before every piece but the first
             parts.append({"type": "image"})
-        if piece := piece.strip("\n"):
-            parts.append({"type": "text", "text": piece})
+        text_piece = piece.strip("\n")
+        if text_piece:
+            parts.append({"type": "text", "text": text_piece})
     return parts
 
 
@@ -104,6 +115,7 @@ def well_formed(conversation: Conversation) -> Conversation:
                 check_text(part.get("text"))
             elif part.get("type") != "image":
                 raise bad_row("a part of a message is neither of type text nor of type image")
+    # Jinja takes any name: a row could replace the template itself, or its tools.
     for name, value in as_object(conversation.template_options, "template_options").items():
         if name not in TEMPLATE_OPTIONS:
             allowed = ", ".join(TEMPLATE_OPTIONS)
@@ -148,15 +160,19 @@ def check(conversation: Conversation) -> None:
         text = text_of(turn)
         if turn["role"] == "assistant" and not text.strip():
             raise Dropped("empty answer", defect=True)
-        if turn["role"] == "user" and not text.strip() and not any(part["type"] == "image" for part in turn["content"]):
+        if turn["role"] == "user" and not text.strip() and not _count_images(turn):
             raise Dropped("empty question", defect=True)
-        if found := [token for token in SPECIAL_TOKENS if token in text]:
-            raise Dropped("special token in the text", f"the text holds {found[0]}", defect=True)
+        for token in SPECIAL_TOKENS:
+            # Such a text could end its turn, or speak for somebody else.
+            if token in text:
+                raise Dropped("special token in the text", f"the text holds {token}", defect=True)
+    # A chat template would render it, and supervise a text that answers nothing.
     if messages[0]["role"] == "assistant":
         raise Dropped("empty question", "the assistant speaks first", defect=True)
     if not any(turn["role"] == "user" for turn in messages):
         raise Dropped("empty question", "there is no turn of the user", defect=True)
-    placeholders = sum(part["type"] == "image" for turn in messages for part in turn["content"])
+    # The processor would refuse the whole batch.
+    placeholders = sum(map(_count_images, messages))
     if placeholders != len(conversation.images):
         raise Dropped(
             "image markers do not fit",

@@ -45,8 +45,12 @@ class Dropped(Exception):
     def __init__(self, reason: str, detail: str = "", *, defect: bool = False):
         if len(detail) > _MOST_DETAIL:
             detail = f"{detail[:_MOST_DETAIL]}..."
+        # A row may hold what no log can be written with: half of a surrogate pair.
         detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")
-        super().__init__(f"{reason}: {detail}" if detail else reason)
+        said = reason
+        if detail:
+            said = f"{reason}: {detail}"
+        super().__init__(said)
         self.reason, self.detail, self.defect = reason, detail, defect
 
 
@@ -82,7 +86,10 @@ def field(row: Mapping, *names: str) -> Any:
     there = [name for name in names if name in row]
     if not there:
         raise bad_row(f"it has no field {' or '.join(names)}")
-    return next((row[name] for name in there if row[name] is not None), None)
+    for name in there:
+        if row[name] is not None:
+            return row[name]
+    return None
 
 
 def as_text(value: Any, name: str) -> str:
@@ -95,13 +102,14 @@ def as_text(value: Any, name: str) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, Integral) and int(value).bit_length() <= _MOST_BITS:
-        return str(value)
-    if isinstance(value, (Real, Decimal)) and not isinstance(value, Integral) and math.isfinite(value):
-        return str(value)
-    if isinstance(value, (Real, Decimal)):
+    if not isinstance(value, (Real, Decimal)):
+        raise bad_row(f"{name} is {kind(value)}, where a text is needed")
+    # Published answers are often numbers: 3, or 2.5.
+    is_whole = isinstance(value, Integral)
+    too_long = isinstance(value, Integral) and int(value).bit_length() > _MOST_BITS
+    if too_long or not (is_whole or math.isfinite(value)):
         raise bad_row(f"{name} is a number that is not finite or too long, where a text is needed")
-    raise bad_row(f"{name} is {kind(value)}, where a text is needed")
+    return str(value)
 
 
 def as_list(value: Any, name: str) -> list:
@@ -119,7 +127,9 @@ def as_items(value: Any) -> list:
     """Return a list as it is, a single value as a list of one, and null as a list of none."""
     if value is None:
         return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [value]
 
 
 def as_object(value: Any, name: str) -> Mapping:
@@ -139,7 +149,7 @@ def as_number(value: Any, name: str) -> Any:
     Raises:
         Dropped: it is anything else.
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool):  # to Python, true is a number
         raise bad_row(f"{name} is {kind(value)}, where a number is needed")
     return value
 
@@ -165,12 +175,14 @@ def parse_row(line: str) -> Mapping | Unreadable:
     if not line.strip():
         return Unreadable("an empty line")
     try:
-        row = json.loads(line.removeprefix("\ufeff"))
+        row = json.loads(line.removeprefix("\ufeff"))  # the byte order mark that some editors write
     except RecursionError:
         return Unreadable("JSON that is nested too deeply")
     except ValueError as error:  # also numbers of too many digits
         return Unreadable(f"not JSON ({error})")
-    return row if isinstance(row, dict) else Unreadable(f"{kind(row)}, where a JSON object is needed")
+    if not isinstance(row, dict):
+        return Unreadable(f"{kind(row)}, where a JSON object is needed")
+    return row
 
 
 def plain_rows(table: pyarrow.Table) -> list[dict[str, Any]]:
@@ -178,8 +190,12 @@ def plain_rows(table: pyarrow.Table) -> list[dict[str, Any]]:
     try:
         return table.to_pylist()
     except _NOT_PYTHON:
-        columns = {name: list(map(_plain, table.column(name))) for name in table.column_names}
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        # One value stops the whole table: each is turned on its own.
+        rows: list[dict[str, Any]] = [{} for _ in range(table.num_rows)]
+        for name in table.column_names:
+            for row, value in zip(rows, table.column(name), strict=True):
+                row[name] = _plain(value)
+        return rows
 
 
 def _plain(value: pyarrow.Scalar) -> Any:

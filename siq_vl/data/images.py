@@ -61,10 +61,12 @@ def decode_image(source: Path | bytes, name: str, max_side: int | None = None) -
     Raises:
         ValueError: it is no picture, it is damaged, or it is too large to be safe.
     """
+    file = BytesIO(source) if isinstance(source, bytes) else source
     try:
         with warnings.catch_warnings():
+            # Pillow only warns of what is up to twice too large.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 return _decoded(image, max_side)
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not a picture that can be read: pass a PNG, JPEG, WebP or the like") from error
@@ -91,6 +93,7 @@ def read_encoded(path: Path) -> bytes:
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
+            # It would be read into memory whole.
             raise ValueError(f"{path.name} is larger than {MAX_FILE_BYTES >> 20} MiB: make it smaller first")
         return path.read_bytes()
     except OSError as error:
@@ -109,11 +112,18 @@ def find_under(name: str, roots: Sequence[Path]) -> Path:
         FileNotFoundError: there is no such file, or there could be none: the name is too long, is no Unicode or holds a
             NUL character, or its links lead nowhere.
     """
-    shown = name[:200]
+    shown = name[:200]  # a name comes from a row, and may be of any length
     try:
-        inside = [path for root in roots if (path := _real(root / name)).is_relative_to(_real(root))]
-    except ValueError as error:  # NUL, half of a surrogate pair
-        why = "it is not Unicode" if isinstance(error, UnicodeError) else "it holds a NUL character"
+        inside = []
+        for root in roots:
+            # Compared after links are followed: one inside the folder may lead out of it.
+            path = _real(root / name)
+            if path.is_relative_to(_real(root)):
+                inside.append(path)
+    except ValueError as error:
+        why = "it holds a NUL character"
+        if isinstance(error, UnicodeError):  # half of a surrogate pair
+            why = "it is not Unicode"
         raise FileNotFoundError(f"no file can be named {shown!r}: {why}") from error
     if not inside:
         raise PermissionError(f"{shown} is not inside {', '.join(map(str, roots)) or 'any known folder'}")

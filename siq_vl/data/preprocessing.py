@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Defects are judged against at least so many rows, so that one bad row among the first few does not end a run.
 LEAST_ROWS = 100
+_OPENED = Pictures()  # pictures are opened, where nothing else is asked for
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[float]]
 
 
@@ -53,6 +54,7 @@ class DropLog:
         Raises:
             ValueError: more than `max_bad_share` of the source's rows are broken.
         """
+        # A row may be met in every epoch; it is counted once.
         if (source, row) in self._known:
             return
         self._known.add((source, row))
@@ -60,42 +62,68 @@ class DropLog:
         reasons[dropped.reason] += 1
         self._examples.setdefault((source, dropped.reason), dropped.detail)
         if self.path is not None:
+            # Opened for each line: loader processes append to the same file.
             entry = {"source": source, "row": row, "reason": dropped.reason, "detail": dropped.detail}
             with open(self.path, "a", encoding="utf-8") as log:
                 log.write(json.dumps(entry) + "\n")
         self.defects[source] += dropped.defect
         allowed = self.max_bad_share * max(self.read[source], LEAST_ROWS)
         if dropped.defect and self.defects[source] > allowed:
-            counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-            raise ValueError(
-                f"{self.defects[source]} of {self.read[source]} rows read from {source} are broken, more than "
-                f"max_bad_share={self.max_bad_share} allows ({counts}; the last: {dropped}). Mend the source"
-                + (f" (each row is named in {self.path.name} in the output folder)" if self.path else "")
-                + ", or raise max_bad_share"
-            )
+            raise ValueError(self._too_many(source, dropped))
+
+    def _too_many(self, source: str, last: Dropped) -> str:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in self.reasons[source].most_common())
+        where = ""
+        if self.path:
+            where = f" (each row is named in {self.path.name} in the output folder)"
+        return (
+            f"{self.defects[source]} of {self.read[source]} rows read from {source} are broken, more than "
+            f"max_bad_share={self.max_bad_share} allows ({counts}; the last: {last}). Mend the source{where}, "
+            "or raise max_bad_share"
+        )
 
     def summary(self, source: str) -> str:
-        """Return how many rows of a source were left out for which reason, and what was wrong with the first of each."""
-        counts = dict(self.reasons.get(source, Counter()).most_common())
-        examples = [f"{name}: {detail}" for name in counts if (detail := self._examples[source, name])]
-        return f"{counts}" + (f" (for instance, {'; '.join(examples)})" if examples else "") if counts else ""
+        """Return how many rows of a source were left out for which reason, and what was wrong with the first of each.
+
+        Nothing was left out: the empty text.
+        """
+        if not self.reasons.get(source):
+            return ""
+        counts = dict(self.reasons[source].most_common())
+        examples = []
+        for reason in counts:
+            detail = self._examples[source, reason]
+            if detail:
+                examples.append(f"{reason}: {detail}")
+        if not examples:
+            return f"{counts}"
+        return f"{counts} (for instance, {'; '.join(examples)})"
 
     def merged(self) -> dict[str, dict[str, int]]:
         """Return rows left out, by source and reason, of all processes that share the file, each row once."""
-        if self.path is None or not self.path.exists():
-            return {source: dict(reasons) for source, reasons in self.reasons.items()}
-        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
-        rows = {(line["source"], line["row"]): line["reason"] for line in lines if "source" in line}
-        merged: dict[str, Counter[str]] = {}
-        for (source, _), reason in rows.items():
-            merged.setdefault(source, Counter())[reason] += 1
-        return {source: dict(reasons) for source, reasons in merged.items()}
+        reasons = self.reasons
+        if self.path is not None and self.path.exists():
+            reasons = self._reasons_in(self.path)
+        return {source: dict(counts) for source, counts in reasons.items()}
+
+    def _reasons_in(self, path: Path) -> dict[str, Counter[str]]:
+        # Several loader processes may have met the same row, and written a line each.
+        reason_of: dict[tuple[str, int], str] = {}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if "source" in entry:  # the first line describes the run
+                reason_of[entry["source"], entry["row"]] = entry["reason"]
+        reasons: dict[str, Counter[str]] = {}
+        for (source, _), reason in reason_of.items():
+            reasons.setdefault(source, Counter())[reason] += 1
+        return reasons
 
     def begin(self, run: Mapping) -> None:
         """Start the file anew, unless it belongs to the very run that now goes on."""
-        if self.path is None or int(os.environ.get("RANK", "0")):
+        if self.path is None or int(os.environ.get("RANK", "0")):  # one process begins for all
             return
         header = json.dumps({"run": run}, default=str, sort_keys=True)
+        # A run that goes on from a checkpoint keeps what it has noted.
         if self.path.exists() and self.path.read_text(encoding="utf-8").startswith(header + "\n"):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,17 +179,16 @@ class Preprocessor:
         conversation = filtered(conversation, source.config.filters)
         if self.blind:
             conversation = conversation.without_images()
+        # Whether pictures are there is known without opening them; whether they can be decoded is not.
         for image in conversation.images:
             _locate(image, source)
         self._check_length(conversation, None)
         return conversation
 
     def training_row(
-        self, source: ConversationSource, conversation: Conversation, pictures: Pictures | None = None
+        self, source: ConversationSource, conversation: Conversation, pictures: Pictures = _OPENED
     ) -> dict:
-        """Return a row for `ConversationCollator`: `images` (opened), `messages`, `source`, `chat_template_kwargs`.
-
-        With `pictures`, those whose features are stored are not opened.
+        """Return a row for `ConversationCollator`: `images`, `messages`, `source`, `chat_template_kwargs`.
 
         Raises:
             Dropped: a picture cannot be read, or the row is too long.
@@ -175,22 +202,27 @@ class Preprocessor:
             "chat_template_kwargs": dict(conversation.template_options),
         }
 
-    def image(self, image: Any, source: ConversationSource, pictures: Pictures | None = None) -> Any:
-        """Return a picture, opened, or, as a `features.Picture`, found among `pictures`.
+    def image(self, image: Any, source: ConversationSource, pictures: Pictures = _OPENED) -> Any:
+        """Return a picture of a row, a `RowPicture` come by through `pictures`; by default a PIL image.
 
         Raises:
             Dropped: it is missing, damaged, too large to be safe, out of bounds, or remote without leave.
         """
         found = _locate(image, source)
-        name = found.name if isinstance(found, Path) else f"a picture of {source.name}"
+        name = f"a picture of {source.name}"
+        if isinstance(found, Path):
+            name = found.name
         try:
             if isinstance(found, Image.Image):
-                return to_rgb(found)
+                return pictures.from_pixels(to_rgb(found))
             content = download_image(found) if isinstance(found, str) else found
+            # Decoded only if `pictures` wants it: a picture whose features are stored is not.
             decode = partial(decode_image, content, name, self.max_image_side)
-            return decode() if pictures is None else pictures.encoded(content, self.max_image_side, decode)
+            return pictures.from_encoded(content, self.max_image_side, decode)
         except (ValueError, HTTPException) as error:
-            reason = "image too large" if "too many pixels" in str(error) else "image that cannot be read"
+            reason = "image that cannot be read"
+            if "too many pixels" in str(error):
+                reason = "image too large"
             raise Dropped(reason, str(error), defect=True) from error
 
     def accepted(
@@ -204,13 +236,16 @@ class Preprocessor:
             try:
                 conversation = self.conversation(source, row)
                 if filters.drop_duplicate_images or filters.drop_duplicate_questions:
-                    duplicates.check(conversation, [_content(image, source) for image in conversation.images], filters)
+                    contents = [_content(image, source) for image in conversation.images]
+                    duplicates.check(conversation, contents, filters)
             except Dropped as dropped:
                 self.drops.add(source.name, number, dropped)
                 continue
+            # Scores come last: they alone need the pictures decoded, and a model.
             if filters.min_image_text_score is None or not conversation.images:
                 yield number, conversation
                 continue
+            # Pictures and texts are scored in batches; the rows wait for theirs.
             waiting.append((number, conversation))
             if len(waiting) == BATCH_SIZE:
                 yield from self._well_scored(source, waiting)
@@ -218,9 +253,11 @@ class Preprocessor:
         yield from self._well_scored(source, waiting)
 
     def _well_scored(self, source: Source, rows: list[tuple[int, Conversation]]) -> Iterator[tuple[int, Conversation]]:
+        """Yield those of some rows whose first picture fits their text."""
         readable, images = [], []
         for number, conversation in rows:
             try:
+                # The first picture stands for all: the text tower reads one text.
                 images.append(self.image(conversation.images[0], source))
                 readable.append((number, conversation))
             except Dropped as dropped:
@@ -228,7 +265,8 @@ class Preprocessor:
         if not readable:
             return
         least = source.config.filters.min_image_text_score
-        scores = self.scorer(images, [scored_text(conversation) for _, conversation in readable])
+        texts = [scored_text(conversation) for _, conversation in readable]
+        scores = self.scorer(images, texts)
         for (number, conversation), score in zip(readable, scores, strict=True):
             if score < least:
                 self.drops.add(source.name, number, Dropped("image and text do not match", f"similarity {score:.3f}"))
@@ -240,7 +278,10 @@ class Preprocessor:
 
         `sizes` (height, width) of its pictures are given where they are known.
         """
-        if self.processor is None or (self.max_length is None and sizes is not None):
+        if self.processor is None:
+            return
+        # With the sizes the row is seen for the second time: the chat template has taken it the first time.
+        if self.max_length is None and sizes is not None:
             return
         try:
             segments = supervised_segments(self.processor, conversation.messages, conversation.template_options)
@@ -248,9 +289,12 @@ class Preprocessor:
             raise Dropped("refused by the chat template", str(error), defect=True) from error
         if self.max_length is None:
             return
-        tokens = self.processor.tokenizer([text for text, _ in segments], add_special_tokens=False)["input_ids"]
+        # The collator tokenizes segment by segment, and so does this count.
+        texts = [segment.text for segment in segments]
+        ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
         begin = len(self.processor.beginning_ids)
-        count = begin + sum(map(len, tokens)) - len(conversation.images)  # each picture is one token of the text so far
+        count = begin + sum(map(len, ids)) - len(conversation.images)  # each picture is one token of the text so far
+        # Cut into tiles, a picture's tokens depend on its size; until somebody opens it, it counts as one tile.
         if sizes:
             count += sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
         else:
@@ -265,17 +309,23 @@ def _locate(image: Any, source: ConversationSource) -> Path | bytes | str | Imag
     Raises:
         Dropped: it is missing, out of bounds, or remote without leave.
     """
-    if isinstance(image, Mapping):
+    if isinstance(image, Mapping):  # as `datasets` stores pictures
         stored = image.get("bytes")
-        image = image.get("path") if stored is None or (isinstance(stored, bytes) and not stored) else stored
+        is_empty = isinstance(stored, bytes) and not stored
+        if stored is None or is_empty:
+            stored = image.get("path")
+        image = stored
     if isinstance(image, (bytes, Image.Image)):
         return image
-    if not isinstance(image, str) or not image:
-        found = "an empty name" if isinstance(image, str) else kind(image)
-        raise Dropped("missing image", f"{found} in place of a picture", defect=True)
+    if not isinstance(image, str):
+        raise Dropped("missing image", f"{kind(image)} in place of a picture", defect=True)
+    if not image:
+        raise Dropped("missing image", "an empty name in place of a picture", defect=True)
+    # Such a text would be taken for the name of a file, and fill the log.
     if image.startswith("data:"):
         raise Dropped("inline image", "a data: address: give the picture as a file or as bytes", defect=True)
     if is_remote(image):
+        # A row must not make this machine send requests that its user did not allow.
         if not source.config.allow_remote_images:
             raise Dropped("remote image", f"{image[:200]}: set allow_remote_images to fetch it", defect=True)
         return image
@@ -299,6 +349,8 @@ def _content(image: Any, source: Source) -> bytes:
             return read_encoded(found)
         if isinstance(found, Image.Image):
             return to_rgb(found).tobytes()
-        return found.encode() if isinstance(found, str) else found
+        if isinstance(found, str):  # nothing is downloaded to tell duplicates
+            return found.encode()
+        return found
     except ValueError as error:
         raise Dropped("image that cannot be read", str(error), defect=True) from error

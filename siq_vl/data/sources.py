@@ -89,17 +89,19 @@ class Source:
     """
 
     def __init__(self, config: SourceConfig, base: Path | None = None):
-        self.name, self.split, self.instruction = config.name, config.split, config.instruction
         self.config = config
-        candidates = [Path(config.path), *([base / config.path] if base else [])]
-        self.path = next((path for path in candidates if path.exists()), None)
-        if self.path is None and (config.path.startswith((".", "/", "~")) or config.path.count("/") > 1):
+        self.name, self.split, self.instruction = config.name, config.split, config.instruction
+        self.path = next((path for path in _candidates(config.path, base) if path.exists()), None)
+        # A Hub id has one slash at most; what looks like a path is not asked of the network.
+        looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
+        if self.path is None and looks_local:
             raise ValueError(f"there is no source {config.path}: pass a file, a folder, a Hub id or 'figures'")
         self.roots = self._roots(base)
         self.json = False  # whether rows are lines of JSON, which may differ in their types
         self.damaged: dict[str, str] = {}  # files that cannot be read, and why
-        opened = self._open()
-        self.rows = opened if isinstance(opened, _Joined) else opened.with_format("arrow")  # pictures stay encoded
+        self.rows = self._open()
+        if not isinstance(self.rows, _Joined):
+            self.rows = self.rows.with_format("arrow")  # pictures stay encoded
         for name, why in self.damaged.items():
             logger.warning("%s is left out of %s, since it cannot be read: %s", name, self.name, why)
         self.adapter = FORMATS[config.format or self._recognised()]
@@ -108,16 +110,20 @@ class Source:
 
     def _roots(self, base: Path | None) -> list[Path]:
         """Return the folders that named pictures must lie in."""
-        if self.config.image_folder is not None:
-            given = Path(self.config.image_folder)
-            roots = [path for path in (given, *([base / given] if base else [])) if path.is_dir()]
-            if not roots:
-                raise ValueError(f"image_folder {given} of {self.name} is not a folder: pass where its pictures lie")
-            return roots[:1]
+        given = self.config.image_folder
+        if given is not None:
+            for folder in _candidates(given, base):
+                if folder.is_dir():
+                    return [folder]
+            raise ValueError(f"image_folder {given} of {self.name} is not a folder: pass where its pictures lie")
         if self.path is None:  # a Hub data set names pictures in the caches of its library, where they were unpacked
             return [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
-        folder = self.path if self.path.is_dir() else self.path.parent
-        return [folder] if self.config.subset is None else [folder / self.config.subset, folder]
+        folder = self.path
+        if not folder.is_dir():
+            folder = folder.parent
+        if self.config.subset is None:
+            return [folder]
+        return [folder / self.config.subset, folder]
 
     def _open(self) -> "Dataset | IterableDataset | _Joined":
         config, path = self.config, self.path
@@ -134,18 +140,28 @@ class Source:
         if path.is_dir():
             if all((path / name).is_file() for name in COCOQA_FILES.values()):
                 return self._listed(_read_cocoqa(path))
+            # What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave.
             if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-                saved = load_from_disk(str(path))
-                saved = saved if isinstance(saved, Dataset) else saved[config.split]
-                return saved.to_iterable_dataset() if config.streaming else saved
+                return self._saved(path)
         files = _files(path, config.split)
-        names, options = [str(file) for file in files], {"split": "train", "streaming": config.streaming}
         if files[0].suffix == ".parquet":
             return self._tables(files)
         if files[0].suffix == ".jsonl":
+            # Read as text: rows of JSON may differ in their types, which a table of `datasets` does not allow.
             self.json = True
-            return load_dataset("text", data_files=names, encoding_errors="replace", **options)
+            names = [str(file) for file in files]
+            return load_dataset(
+                "text", data_files=names, encoding_errors="replace", split="train", streaming=config.streaming
+            )
         return self._listed(self._annotated(files))
+
+    def _saved(self, folder: Path) -> Dataset | IterableDataset:
+        saved = load_from_disk(str(folder))
+        if not isinstance(saved, Dataset):
+            saved = saved[self.config.split]
+        if self.config.streaming:
+            return saved.to_iterable_dataset()
+        return saved
 
     def _tables(self, files: Sequence[Path]) -> "Dataset | IterableDataset | _Joined":
         """Return the rows of parquet files: those of equal columns together, the most rows first."""
@@ -157,6 +173,7 @@ class Source:
             except (OSError, pyarrow.ArrowException) as error:
                 self.damaged[file.name] = str(error)
                 continue
+            # Files may differ in what their writers noted beside the columns, and are of one kind all the same.
             columns = str(about.schema.to_arrow_schema().remove_metadata())
             sizes[columns] += about.num_rows
             if about.num_rows:
@@ -167,18 +184,22 @@ class Source:
         if not parts:
             why = "; ".join(f"{name}: {fault}" for name, fault in self.damaged.items()) or "they hold no rows"
             raise ValueError(f"no parquet file of {self.name} can be read: {why[:500]}")
-        return parts[0] if len(parts) == 1 else _Joined([part.with_format("arrow") for part in parts])
+        if len(parts) == 1:
+            return parts[0]
+        return _Joined([part.with_format("arrow") for part in parts])
 
     def _annotated(self, files: Sequence[Path]) -> list:
         """Return the rows of JSON files; a file that is none is left out, unless all are."""
-        rows, fault = [], None
+        rows: list = []
+        first_fault: ValueError | None = None
         for file in files:
             try:
                 rows += read_annotations(file, self.split)
             except ValueError as error:
-                self.damaged[file.name], fault = str(error), fault or error
-        if fault is not None and len(self.damaged) == len(files):
-            raise fault
+                self.damaged[file.name] = str(error)
+                first_fault = first_fault or error
+        if first_fault is not None and len(self.damaged) == len(files):
+            raise first_fault
         return rows
 
     def _loaded(self, names: list[str]) -> list[Dataset | IterableDataset]:
@@ -187,29 +208,43 @@ class Source:
             return [load_dataset("parquet", data_files=names, split="train", streaming=self.config.streaming)]
         except DatasetGenerationError as error:
             if len(names) == 1:
+                # Found: this file alone is left out.
                 self.damaged[Path(names[0]).name] = str(error.__cause__ or error)
                 return []
-        return [part for name in names for part in self._loaded([name])]
+        parts = []
+        for name in names:
+            parts += self._loaded([name])
+        return parts
 
     def _listed(self, rows: list) -> Dataset | IterableDataset:
+        """Return the rows of annotation files as lines of JSON, or what is wrong with one that cannot be read."""
         self.json = True
-        lines = [_line(row) for row in rows]
-        listed = Dataset.from_dict({"text": [line for line, _ in lines], "fault": [fault for _, fault in lines]})
-        return listed.to_iterable_dataset() if self.config.streaming else listed
+        texts, faults = [], []
+        for row in rows:
+            text, fault = _line(row)
+            texts.append(text)
+            faults.append(fault)
+        listed = Dataset.from_dict({"text": texts, "fault": faults})
+        if self.config.streaming:
+            return listed.to_iterable_dataset()
+        return listed
 
     def _recognised(self) -> str:
         """Return the format of most of the first rows; the rows of a table all have the same columns."""
-        differ = self.json or isinstance(self.rows, _Joined)
-        known = islice((list(row) for row in self.stored() if isinstance(row, Mapping)), _TELLING_ROWS if differ else 1)
+        wanted = 1
+        if self.json or isinstance(self.rows, _Joined):  # rows may differ
+            wanted = _TELLING_ROWS
+        readable = (row for row in self.stored() if isinstance(row, Mapping))
         found: Counter[str] = Counter()
-        fault: ValueError | None = None
-        for columns in known:
+        first_fault: ValueError | None = None
+        for row in islice(readable, wanted):
             try:
-                found[recognise(columns)] += 1
+                found[recognise(list(row))] += 1
             except ValueError as error:
-                fault = fault or error
+                first_fault = first_fault or error
         if not found:
-            raise ValueError(f"source {self.name}: {fault or 'it has no row that can be read'}") from fault
+            why = first_fault or "it has no row that can be read"
+            raise ValueError(f"source {self.name}: {why}") from first_fault
         return found.most_common(1)[0][0]
 
     def _row(self, table: pyarrow.Table | Unreadable) -> Mapping | Unreadable:
@@ -219,7 +254,9 @@ class Source:
         (row,) = plain_rows(table)
         if not self.json:
             return row
-        return Unreadable(row["fault"]) if row.get("fault") else parse_row(row["text"])
+        if row.get("fault"):
+            return Unreadable(row["fault"])
+        return parse_row(row["text"])
 
     @property
     def streaming(self) -> bool:
@@ -235,13 +272,14 @@ class Source:
         Raises:
             Dropped: the row does not have the form of the others.
         """
-        if not isinstance(row, Mapping):
+        if not isinstance(row, Mapping):  # `Unreadable` says itself what it is
             raise bad_row(f"it is {kind(row)}")
         try:
             return well_formed(self.adapter(row, self))
         except _UNEXPECTED as error:
-            name = self.adapter.__name__
-            fault = f"no field {error}" if isinstance(error, KeyError) else f"{error}"
+            name, fault = self.adapter.__name__, str(error)
+            if isinstance(error, KeyError):
+                fault = f"no field {error}"
             raise bad_row(f"the adapter {name} makes no conversation of it ({fault})") from error
 
     def __getitem__(self, index: int) -> Mapping | Unreadable:
@@ -260,25 +298,37 @@ class Source:
         if not self.streaming:
             order = list(range(part, len(self.rows), parts))
             Random(seed).shuffle(order)
-            yield from ((index, self[index]) for index in order)
+            for index in order:
+                yield index, self[index]
             return
-        # `iter`, since plain iteration deals rows out among loader processes once more.
-        shards = self.rows.n_shards
-        if shards < parts:
-            tables = ((index, table) for index, table in enumerate(self._every()) if index % parts == part)
-        else:
-            mine = list(range(part, shards, parts))
-            Random(seed).shuffle(mine)
-            tables = (
-                (index * shards + shard, table) for shard in mine for index, table in enumerate(self._shard(shard))
-            )
-        yield from ((number, self._row(table)) for number, table in _shuffled(tables, seed))
+        tables = self._single_rows(part, parts)
+        if self.rows.n_shards >= parts:
+            tables = self._whole_files(part, parts, seed)
+        for number, table in _shuffled(tables, seed):
+            yield number, self._row(table)
+
+    def _single_rows(self, part: int, parts: int) -> Iterator[tuple[int, pyarrow.Table | Unreadable]]:
+        """Yield (number, row) of the rows of a stream that fall to one part."""
+        for number, table in enumerate(self._every()):
+            if number % parts == part:
+                yield number, table
+
+    def _whole_files(self, part: int, parts: int, seed: int) -> Iterator[tuple[int, pyarrow.Table | Unreadable]]:
+        """Yield (number, row) of the files of a stream that fall to one part, in an order of their own."""
+        n_shards = self.rows.n_shards
+        shards = list(range(part, n_shards, parts))
+        Random(seed).shuffle(shards)
+        for shard in shards:
+            for index, table in enumerate(self._shard(shard)):
+                # Other files' rows have the numbers between: nobody knows how many rows a file has.
+                yield index * n_shards + shard, table
 
     def _every(self) -> Iterator[pyarrow.Table | Unreadable]:
         """Yield every row in its order."""
         if not self.streaming:
             yield from self.rows.iter(1)
             return
+        # Shard by shard, since plain iteration deals rows out among loader processes once more.
         for shard in range(self.rows.n_shards):
             yield from self._shard(shard)
 
@@ -299,6 +349,7 @@ class Source:
 
     def find(self, names: Sequence[str]) -> str:
         """Return the first name that is a picture of this source, or the first of all where none is."""
+        # Data sets are unpacked in more than one way; the name that is there tells which.
         for name in names:
             try:
                 find_under(name, self.roots)
@@ -306,6 +357,13 @@ class Source:
                 continue
             return name
         return names[0]
+
+
+def _candidates(path: str, base: Path | None) -> list[Path]:
+    """Return where a path may lie: in the working folder, then below `base`."""
+    if base is None:
+        return [Path(path)]
+    return [Path(path), base / path]
 
 
 class _Joined:
@@ -346,6 +404,7 @@ def _shuffled(items: Iterator, seed: int) -> Iterator:
     rng = Random(seed)
     buffer: list = []
     for item in items:
+        # Until the buffer is full nothing comes out; then each item takes the place of a random one.
         if len(buffer) < _SHUFFLE_BUFFER:
             buffer.append(item)
             continue
@@ -368,36 +427,55 @@ def read_annotations(path: Path, split: str) -> list[Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        content = None if str(error).startswith("Extra data") else _row_by_row(text)
+        content = None
+        # A text that goes on behind its end is JSON lines or something else; reading its rows would lose the rest.
+        if not str(error).startswith("Extra data"):
+            content = _row_by_row(text)
         if content is None:
             raise ValueError(f"{path.name} is not a JSON file: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     elif isinstance(content, dict) and 2 * sum(isinstance(row, dict) for row in content.values()) > len(content):
-        content = [{"id": name, **row} if isinstance(row, dict) else row for name, row in content.items()]
+        content = [_with_id(name, row) for name, row in content.items()]
     if not isinstance(content, list):
         raise ValueError(
             f"{path.name} holds neither a list of rows, nor a list under 'data', nor objects by id: convert it to JSONL"
         )
     names = _SPLIT_NAMES.get(split, (split,))
-    return [row for row in content if not isinstance(row, dict) or row.get("split", names[0]) in names]
+    rows = []
+    for row in content:
+        # A row that names no split, or is none at all, is of whatever split is asked for.
+        if not isinstance(row, dict) or row.get("split", names[0]) in names:
+            rows.append(row)
+    return rows
+
+
+def _with_id(name: str, row: Any) -> Any:
+    """Return an entry of an object as a row that knows its id."""
+    if not isinstance(row, dict):
+        return row
+    return {"id": name, **row}
 
 
 def _row_by_row(text: str) -> list | None:
     """Return the rows of a JSON text that cannot be read as a whole, each read on its own; None where none can be."""
     text = text.strip()
+    rows: list = []
     if text.startswith("["):
-        rows: list = [parse_row(piece) for piece in _pieces(text)]
-        return rows if any(isinstance(row, dict) for row in rows) else None
-    rows = []
-    for piece in _pieces(text) if text.startswith("{") else ():
-        name = _JSON_NAME.match(piece)
-        value = piece[name.end() :] if name else piece
-        if name and name.group(1) == '"data"' and value.lstrip().startswith("["):
-            return _row_by_row(value)
-        row = parse_row(value)
-        rows.append({"id": name.group(1).strip('"'), **row} if name and isinstance(row, dict) else row)
-    return rows if any(isinstance(row, dict) for row in rows) else None
+        rows = [parse_row(piece) for piece in _pieces(text)]
+    elif text.startswith("{"):
+        for piece in _pieces(text):
+            name = _JSON_NAME.match(piece)
+            if name is None:
+                rows.append(parse_row(piece))
+                continue
+            value = piece[name.end() :]
+            if name.group(1) == '"data"' and value.lstrip().startswith("["):
+                return _row_by_row(value)
+            rows.append(_with_id(name.group(1).strip('"'), parse_row(value)))
+    if any(isinstance(row, dict) for row in rows):
+        return rows
+    return None
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -408,20 +486,22 @@ def _pieces(text: str) -> Iterator[str]:
             depth += 1
         elif mark.group() in ("]", "}"):
             depth -= 1
-        ends = depth == 0 or (depth == 1 and mark.group() == ",")
-        if ends and (piece := text[start : mark.start()]).strip():
-            yield piece
-        if ends:
+        # An entry ends at a comma of the outermost level, the last at its closing bracket.
+        if depth == 0 or (depth == 1 and mark.group() == ","):
+            piece = text[start : mark.start()]
+            if piece.strip():
+                yield piece
             start = mark.end()
         if depth == 0:
             return
-    yield text[start:]
+    yield text[start:]  # the text breaks off
 
 
 def _line(row: Any) -> tuple[str, str]:
     """Return a row of a JSON file as a line of JSON, and, of one that cannot be read, what is wrong with it."""
     if isinstance(row, Unreadable):
         return "", row.why
+    # Written out again, so that rows of any types can lie in one column of text.
     try:
         return json.dumps(row), ""
     except RecursionError:
@@ -429,13 +509,18 @@ def _line(row: Any) -> tuple[str, str]:
 
 
 def _read_cocoqa(folder: Path) -> list[dict[str, str]]:
-    texts = {name: (folder / file).read_text("utf-8", errors="replace") for name, file in COCOQA_FILES.items()}
-    # A line ends at its line break alone, and not, as for `splitlines`, at other characters within it.
-    columns = {name: text.removesuffix("\n").split("\n") for name, text in texts.items()}
-    if len({len(values) for values in columns.values()}) > 1:
+    columns: dict[str, list[str]] = {}
+    for name, file in COCOQA_FILES.items():
+        text = (folder / file).read_text("utf-8", errors="replace")
+        # A line ends at its line break alone, and not, as for `splitlines`, at other characters within it.
+        columns[name] = text.removesuffix("\n").split("\n")
+    if len(set(map(len, columns.values()))) > 1:
         lengths = ", ".join(f"{COCOQA_FILES[name]} {len(values)}" for name, values in columns.items())
         raise ValueError(f"the files of COCO-QA must have one line a question each, but have: {lengths}")
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows = []
+    for values in zip(*columns.values(), strict=True):
+        rows.append(dict(zip(columns, values, strict=True)))
+    return rows
 
 
 def _files(path: Path, split: str) -> list[Path]:
@@ -447,9 +532,19 @@ def _files(path: Path, split: str) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{path.name} is neither a file nor a folder: check `path` and `subset` of the source")
     for pattern in ("*.parquet", "*.jsonl", "*.json"):
+        # `dataset_info` and `pid_` begin the names of files that lie beside rows, and are none.
         found = sorted(file for file in path.rglob(pattern) if not file.name.startswith((".", "dataset_info", "pid_")))
         if found:
-            names = [str(name) for name in _SPLIT_NAMES.get(split, (split,))[:-1]] or [split]
-            named = [file for file in found if any(name in str(file.relative_to(path)) for name in names)]
-            return named or found
+            return _of_split(found, path, split)
     raise ValueError(f"the folder {path.name} holds no .parquet, .jsonl or .json file: check `path` of the source")
+
+
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """Return the files whose path below a folder names the split, or all where none does."""
+    names = [str(name) for name in _SPLIT_NAMES.get(split, (split,))[:-1]] or [split]  # the last is OCR-VQA's number
+    named = []
+    for file in files:
+        below = str(file.relative_to(folder))
+        if any(name in below for name in names):
+            named.append(file)
+    return named or files

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from siq_vl.data.conversations import Conversation, Dropped, check, check_text, message, well_formed
-from siq_vl.data.feature_cache.pictures import Pictures
+from siq_vl.data.feature_cache.pictures import Pictures, RowTransform, as_columns
 from siq_vl.data.fields import Unreadable, as_items, as_text, bad_row, kind, plain_rows, texts_of
 from siq_vl.data.fields import field as column
 from siq_vl.data.figures.rows import reasoned
@@ -405,7 +405,7 @@ def student_question(row: Mapping) -> str:
     return "\n".join(lines)
 
 
-class _Rows:
+class _Rows(RowTransform):
     """The planned rows of a store, read when their turn comes."""
 
     def __init__(
@@ -419,16 +419,13 @@ class _Rows:
         self._unreadable: set[int] = set()
 
     def dataset(self) -> Dataset:
-        return Dataset.from_dict({"position": range(len(self._plan))}).with_transform(self._read)
+        return Dataset.from_dict({"position": range(len(self._plan))}).with_transform(self)
 
-    def _read(self, batch: Mapping, pictures: Pictures | None = None) -> dict[str, list]:
-        rows = [self._row(position, pictures) for position in batch["position"]]
-        return {name: [row[name] for row in rows] for name in rows[0]}
+    def read(self, batch: Mapping[str, list], pictures: Pictures) -> dict[str, list]:
+        return as_columns([self._row(position, pictures) for position in batch["position"]])
 
-    def _row(self, position: int, pictures: Pictures | None) -> dict:
+    def _row(self, position: int, pictures: Pictures) -> dict:
         """Return the row at a position, or the next whose pictures can be read.
-
-        With `pictures`, those whose features are stored are not opened.
 
         Raises:
             ValueError: none can be read, or too many cannot.

@@ -73,6 +73,7 @@ class FeatureLayout:
             return features.numpy().view(np.uint8).reshape(n_tiles, -1)
         if self.dtype == "bfloat16":
             return features.bfloat16().view(torch.uint8).numpy().reshape(n_tiles, -1)
+        # The largest channel of a patch becomes 127; the scale stands behind the values.
         scales = features.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
         values = (features / scales).round().to(torch.int8).numpy().view(np.uint8).reshape(n_tiles, -1)
         return np.concatenate([values, scales.numpy().view(np.uint8).reshape(n_tiles, -1)], axis=1)
@@ -128,9 +129,11 @@ class FeatureWriter:
         self._waiting.append((halves[0], halves[1], self._shard, self._records, len(packed), *size))
         self._records += len(packed)
         self.written += packed.nbytes
+        # Flushed by size and by time: what is lost with a killed process is bounded by both.
         bytes_waiting = (self._records - self._flushed) * self.layout.tile_bytes
         if bytes_waiting >= _FLUSH_BYTES or time.monotonic() - self._since >= self.flush_seconds:
             self.flush()
+        # A shard is closed at a bounded size, since a reader maps it whole.
         if self._records * self.layout.tile_bytes >= SHARD_BYTES:
             self.close()
             self._begin()
@@ -177,6 +180,7 @@ class FeatureStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {**(about or {}), "layout": asdict(layout)}
         path = self.folder / _ABOUT
+        # Several processes may be here at once: each writes the same.
         if not path.exists():
             _replace(path, json.dumps(content, indent=1).encode())
         if json.loads(path.read_text())["layout"] != content["layout"]:
@@ -185,6 +189,7 @@ class FeatureStore:
         self.refresh()
 
     def __getstate__(self) -> dict:
+        # Maps of memory cannot be sent; the entries are mapped anew from their file.
         return {**vars(self), "_maps": {}, "_entries": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -204,7 +209,11 @@ class FeatureStore:
                 except BlockingIOError:  # its writer is alive
                     continue
                 features = path.with_suffix(".features")
-                end = self.layout.tile_bytes * max((int(e["first"] + e["tiles"]) for e in _entries(path)), default=0)
+                # What no entry names was written and never flushed.
+                records = 0
+                for entry in _entries(path):
+                    records = max(records, int(entry["first"] + entry["tiles"]))
+                end = records * self.layout.tile_bytes
                 if features.exists() and features.stat().st_size > end:
                     freed += features.stat().st_size - end
                     os.truncate(features, end)
@@ -218,11 +227,14 @@ class FeatureStore:
             features = path.with_suffix(".features")
             records = features.stat().st_size // self.layout.tile_bytes if features.exists() else 0
             entries = _entries(path)
+            # An entry whose records are not there is left out: its picture is computed again.
             found.append(entries[entries["first"].astype(np.int64) + entries["tiles"] <= records])
         merged = np.concatenate(found)
+        # Sorted by key, so that `find` can halve; of a picture that two writers stored, the first remains.
         merged = merged[np.lexsort((merged["low"], merged["high"]))]
         again = (merged["high"][1:] == merged["high"][:-1]) & (merged["low"][1:] == merged["low"][:-1])
         merged = merged[np.concatenate([[True], ~again])[: len(merged)]]
+        # Written aside and moved, since other processes may be reading the same file.
         scratch = self.folder / f".{secrets.token_hex(4)}.npy"
         np.save(scratch, merged)
         self._entries = np.load(scratch, mmap_mode="r")  # on disk: nothing here grows with the number of pictures
