@@ -11,7 +11,7 @@ from PIL import Image
 
 from siq_vl.ablation.jobs import Job, Jobs
 from siq_vl.data.conversations import Conversation, message
-from siq_vl.data.feature_cache.pictures import Picture, encode
+from siq_vl.data.feature_cache.pictures import CachedPicture, encode
 from siq_vl.data.feature_cache.store import FeatureLayout, FeatureStore, FeatureWriter
 from siq_vl.data.images import decode_image
 from siq_vl.data.mixtures import build_mixture
@@ -132,6 +132,6 @@ def test_stored_features_take_the_tokens_of_the_pictures_height_and_width(size, 
         writer.add(b"k" * 16, (image.height, image.width), tiles)
     store.refresh()
     entry = store.find(b"k" * 16)
-    stored = Picture(b"k" * 16, (int(entry["width"]), int(entry["height"])), entry, store)
+    stored = CachedPicture(b"k" * 16, (int(entry["width"]), int(entry["height"])), entry, store)
     ids, tensors = encode(processor, [stored], [text])
     assert ids == wanted["input_ids"] and len(tensors["vision_features"]) == len(wanted["pixel_values"])
