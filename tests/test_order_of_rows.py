@@ -288,6 +288,14 @@ def test_readers_of_a_stream_draw_figures_of_their_own(texts):
     assert [len(set(each)) for each in drawn] == [2, 2]  # four in all, over and over
 
 
+def test_readers_of_a_stream_share_its_bound(texts):
+    listed = [{"path": texts("one", 8), "max_samples": 4, "streaming": True}]
+    rows = build_mixture(MixtureConfig(sources=listed), "answer", None, readers=2).rows
+    first, second = (Counter(numbers(islice(iter(rows.shard(2, part)), 10))) for part in range(2))
+    assert not first.keys() & second.keys()
+    assert sorted(first.values()) == sorted(second.values()) == [5, 5]  # the same two of four, over and over
+
+
 def test_shares_are_those_of_the_rows_that_are_used(texts):
     listed = [{"path": texts(name, 9), "weight": weight} for name, weight in (("one", 3.0), ("other", 1.0))]
     report = build_mixture(MixtureConfig(sources=listed), "answer", 7).report
