@@ -223,6 +223,18 @@ def test_what_is_no_base64_is_not_decoded():
             load_rgb(wrong)
 
 
+# The configuration
+
+
+@pytest.mark.parametrize("name", ["image_token_id", "vision_start_token_id", "vision_end_token_id"])
+def test_special_tokens_are_in_the_vocabulary(name, make_config, tokenizer):
+    size = len(tokenizer) + 1
+    assert getattr(make_config(text={"vocab_size": size}, **{name: size - 1}), name) == size - 1
+    for outside in (-1, size):
+        with pytest.raises(ValueError, match=f"{name} is {outside}, but must be an integer from 0 to {size - 1}"):
+            make_config(text={"vocab_size": size}, **{name: outside})
+
+
 # The processor
 
 
