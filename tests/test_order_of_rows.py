@@ -214,6 +214,8 @@ def test_bounds_themselves_are_kept():
     assert kept(made, max_turns=1) == ["too many turns"]
     rated = conversation("a", "b", "c", images=["x"], ratings=[2, 3, None])
     assert kept(rated, min_ratings={"formatting": 3}) == ["b", "c"]
+    few = conversation("a", "b", ratings=[3])  # turns beyond the ratings were not rated either
+    assert kept(few, min_ratings={"formatting": 3}) == ["a", "b"]
     left = filtered(rated, FilterConfig(min_ratings={"formatting": 3}))
     assert [part["type"] for part in left.messages[0]["content"]] == ["image", "text"]  # the picture went on to "b"
     assert kept(conversation("Yes. I am sorry, but no", "ok"), drop_refusals=True) == ["Yes. I am sorry, but no", "ok"]
