@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from test_remote import OK, serve  # noqa: F401 - a fixture
+from transformers import GenerationConfig
 
 from siq_vl.data import packing, remote
 from siq_vl.data.conversations import Dropped, message
@@ -22,6 +23,7 @@ from siq_vl.data.preprocessing import DropLog
 from siq_vl.data.remote import download_image, is_public
 from siq_vl.distill.training_rows import Descriptions
 from siq_vl.distill.verification import RuleInput, Verification
+from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration, scale_and_cap
 from siq_vl.processing_siq_vl import SiQVLProcessor, load_rgb
 
 # Addresses
@@ -187,6 +189,54 @@ def test_a_caption_of_a_drawn_figure_is_for_its_own_question(tmp_path):
     assert descriptions.of(row) == drawn.figure.caption
     with pytest.raises(Dropped, match="neither caption nor OCR text"):
         descriptions.of({**row, "question": "Is it another one?"})
+
+
+# The model
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 64), (64, 16)])
+def test_pictures_of_another_shape_are_read_by_their_rows(height, width, make_model):
+    """These have as many patches as a picture of the usual size, so that nothing fails by itself."""
+    model, pixels = make_model().model, torch.randn(1, 3, height, width)
+    with torch.no_grad():
+        made = model.get_image_features(pixels)
+        interpolated = model.vision_tower(pixels, interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(made.last_hidden_state, interpolated)
+        torch.testing.assert_close(made.pooler_output, model.projector(interpolated, height // 8, width // 8))
+
+
+def test_a_projector_without_a_bias_has_none(make_model):
+    for kind in ("linear", "mlp"):
+        projector = make_model(projector_type=kind, projector_bias=False).model.projector
+        assert not [name for name, _ in projector.named_parameters() if name.endswith("bias")]
+
+
+def test_placeholders_among_embeddings_are_known_by_every_channel(make_model):
+    model = make_model().model
+    embedded = model.get_input_embeddings()(torch.tensor([[model.config.image_token_id, 0]])).detach().clone()
+    embedded[0, 1, 0] = embedded[0, 0, 0]
+    assert model._find_placeholders(None, embedded).tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("positions", [[0, 0], [0, 1, 1, 2], [0, 1, 2, 0]])
+def test_positions_that_do_not_rise_begin_another_sample(positions, make_model):
+    model, ids = make_model(), torch.zeros(1, len(positions), dtype=torch.long)
+    with pytest.raises(ValueError, match="position_ids restart inside a row"):
+        model(input_ids=ids, position_ids=torch.tensor([positions]), use_cache=True)
+    model(input_ids=ids, position_ids=torch.arange(len(positions))[None], use_cache=True)
+
+
+def test_a_decoder_gives_its_ids_for_generation_and_not_its_sampling(backbones, special_ids):
+    folder = backbones["language_model"]
+    ids = {"bos_token_id": 3, "eos_token_id": 5, "pad_token_id": 4}
+    GenerationConfig(**ids, do_sample=True, temperature=0.3).save_pretrained(folder)
+    made = SiQVLForConditionalGeneration.from_backbones(**backbones, **special_ids).generation_config
+    assert {name: getattr(made, name) for name in ids} == ids and not made.do_sample
+
+
+def test_capped_logits_keep_their_scale():
+    capped = SimpleNamespace(model_type="gemma2", final_logit_softcapping=2.0)
+    assert scale_and_cap(torch.tensor([0.002, 100.0]), capped).tolist() == pytest.approx([0.002, 2.0])
 
 
 # Images
