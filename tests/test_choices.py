@@ -114,6 +114,12 @@ def test_near_duplicates_of_accepted_traces_go(tmp_path, scope, second, elsewher
     assert found["b", 1]["verdict"] == "kept" and found["b", 2]["rejected_by"] == ["teacher_error"]
 
 
+def test_a_trace_that_failed_agrees_with_none(tmp_path):
+    said = {"a": [trace("one two"), trace("three four"), trace("five six", "8", error="lost")]}
+    found = store_of(tmp_path, said)
+    assert [found["a", repeat]["agreement"] for repeat in range(3)] == [1.0, 1.0, None]
+
+
 def test_half_alike_is_no_duplicate():
     one, other = LONG.split(), LONG.split()
     other[10:] = [f"other{place}" for place in range(12)]

@@ -164,6 +164,13 @@ def test_direct_rows_supervise_the_answer_alone(store, reader):
         assert labels[labels != -100].tolist() == wanted
 
 
+def test_a_blind_student_is_shown_nothing(store):
+    rows = training_traces(TraceArguments(traces=str(store)), seed=0, count=3, blind=True).rows
+    for row in rows:
+        assert row["images"] == []
+        assert [part["type"] for turn in row["messages"] for part in turn["content"]] == ["text", "text"]
+
+
 def test_rejected_traces_are_counted_or_used(tmp_path):
     folder = write_store(tmp_path / "faulty", ("structured",), error_rate=0.7)
     stored = read_traces(folder, kept=False)

@@ -1,5 +1,7 @@
 """Where a bound begins, and what is as it was afterwards: the cases that no other test has an eye on."""
 
+import base64
+import io
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -199,8 +201,8 @@ def test_transparent_pixels_become_white_whatever_says_so():
 
 
 def test_16_bits_are_rounded_and_what_is_infinite_is_refused():
-    values = np.array([[0, 128, 129, 257 * 7 + 200, 65535]], np.uint16)
-    assert np.asarray(load_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 1, 8, 255]
+    values = np.array([[0, 128, 129, 257 * 7 + 200, 33000, 65535]], np.uint16)  # 33000 / 256 is nearer to 129
+    assert np.asarray(load_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 1, 8, 128, 255]
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(ValueError, match="not finite"):
             load_rgb(Image.fromarray(np.array([[0.5, bad]], np.float32)))
@@ -211,8 +213,14 @@ def test_a_tensor_that_could_be_both_has_its_channels_first():
 
 
 def test_what_is_no_base64_is_not_decoded():
-    with pytest.raises(ValueError, match="no URL, no file and no base64 text"):
-        load_rgb("a name of no file!")
+    file = io.BytesIO()
+    Image.new("RGB", (2, 1)).save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    assert load_rgb(text).size == (2, 1)
+    # Decoders that skip what is no base64 would find the picture in the last two.
+    for wrong in ("a name of no file!", f"!{text}", f"{text[:20]}*{text[20:]}"):
+        with pytest.raises(ValueError, match="no URL, no file and no base64 text"):
+            load_rgb(wrong)
 
 
 # The processor

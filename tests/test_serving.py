@@ -211,6 +211,84 @@ class TestRequestCheck:
         asyncio.run(Guard(None, None)(scope, receive, send))
         assert sent[0]["status"] == 413
 
+    def test_a_prompt_needs_room_for_one_token_of_an_answer(self, check_with):
+        body = json.dumps({"messages": [{"role": "user", "content": "What is 1 + 1?"}]}).encode()
+        check = check_with()
+        length = check.context - check(body)["max_completion_tokens"]
+        check.context = length + 1
+        assert check(body)["max_completion_tokens"] == 1
+        check.context = length
+        with pytest.raises(Refused, match=f"takes {length} tokens, but the model reads {length}, answer included"):
+            check(body)
+
+    def test_an_answer_without_a_bound_gets_that_of_the_server(self, check_with, monkeypatch):
+        body = {"messages": [{"role": "user", "content": "What is 1 + 1?"}]}
+        monkeypatch.setattr("siq_vl.serving.MAX_NEW_TOKENS", 5)
+        assert check_with()(json.dumps(body).encode())["max_completion_tokens"] == 5
+        assert check_with()(json.dumps({**body, "max_tokens": 6}).encode())["max_completion_tokens"] == 6
+
+    def test_a_large_file_is_not_read(self, check_with, monkeypatch, tmp_path):
+        (tmp_path / "a.png").write_bytes(picture())
+        check, body = check_with(folder=tmp_path), json.dumps(about("a.png")).encode()
+        monkeypatch.setattr("siq_vl.serving.MAX_BYTES", len(picture()))
+        assert check(body)["messages"]
+        monkeypatch.setattr("siq_vl.serving.MAX_BYTES", len(picture()) - 1)
+        with pytest.raises(Refused, match="'a.png' is larger than"):
+            check(body)
+
+    def test_a_bias_is_of_a_token_that_there_is(self, check_with):
+        def biased(token: int) -> bytes:
+            body = {"messages": [{"role": "user", "content": "What?"}], "logit_bias": {str(token): 1}}
+            return json.dumps(body).encode()
+
+        check = check_with()
+        assert check(biased(check.vocabulary - 1))["logit_bias"] == {str(check.vocabulary - 1): 1.0}
+        with pytest.raises(Refused, match=f"token ids below {check.vocabulary}"):
+            check(biased(check.vocabulary))
+
+    def test_sizes_of_pictures_are_height_and_width(self, check_with):
+        wide = address(picture((48, 16)))
+        assert check_with()._messages(about(wide)["messages"])[1] == [(16, 48)]
+
+    @pytest.mark.parametrize("path", ["/load_model", "/v1/completions", "/v1/chat/completions/", "/V1/models", ""])
+    def test_other_paths_do_not_reach_the_server(self, path):
+        app = Reached()
+        assert app.status_of(path) == 404 and not app.requests
+        assert app.status_of("/v1/models") is None and len(app.requests) == 1
+
+    def test_the_server_gets_the_checked_body_with_its_own_length(self):
+        app = Reached()
+        old = [(b"content-length", b"2"), (b"content-type", b"text/plain"), (b"accept", b"*/*")]
+        assert app.status_of("/v1/chat/completions", "POST", old) is None
+        ((scope, body),) = app.requests
+        assert json.loads(body) == {"checked": "{}"}
+        wanted = [(b"accept", b"*/*"), (b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+        assert sorted(scope["headers"]) == wanted
+
+
+class Reached:
+    """A server behind the guard, which notes the requests that reach it."""
+
+    def __init__(self):
+        self.requests = []
+
+    async def __call__(self, scope, receive, send):
+        self.requests.append((scope, (await receive())["body"]))
+
+    def status_of(self, path: str, method: str = "GET", headers=()) -> int | None:
+        """What the guard answers by itself, to a request whose body is an empty object."""
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "path": path, "method": method, "headers": list(headers)}
+        asyncio.run(Guard(self, lambda content: {"checked": content.decode()})(scope, receive, send))
+        return sent[0]["status"] if sent else None
+
 
 def answers(url: str) -> bool:
     try:

@@ -55,6 +55,14 @@ def test_a_packed_step_takes_as_many_samples(batch, accumulation, buffer):
     assert training.per_device_train_batch_size <= max(buffer, 1)
 
 
+@pytest.mark.parametrize("name", ["packing", "padding_free"])
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+def test_packing_of_text_alone_is_refused(name, batching):
+    training = counted(4, 6, 1, **{"packing": False, "padding_free": False, name: True})
+    with pytest.raises(ValueError, match=f"{name} is true, but TRL packs text alone"):
+        arrange_batches(training, SimpleNamespace(batching=batching, pack_buffer=8))
+
+
 def test_a_run_goes_on_with_the_same_settings_alone(recipe):
     settings = checkpoints.run_settings(recipe)
     decide = "max_steps learning_rate seed data_seed max_length lr_scheduler_type warmup_steps optim weight_decay bf16"
@@ -87,6 +95,7 @@ def test_sums_are_of_each_sample_padded_or_packed():
     # Two samples of three and two tokens: the entry before a restart belongs to what is predicted, the next sample.
     packed, positions = torch.tensor([[1.0, 2.0, 0.0, 5.0]]), torch.tensor([[0, 1, 2, 0, 1]])
     assert _sums_by_sample(packed, positions).tolist() == [3, 5]
+    assert _sums_by_sample(torch.tensor([[1.0, 2.0, 9.0, 5.0]]), positions).tolist() == [3, 14]
 
 
 def test_the_loss_of_a_source_is_the_mean_over_its_tokens_since_the_last_time():

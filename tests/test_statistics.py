@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from conftest import REPO_ROOT
 from scipy import stats
 from svg import points_in
 
+import evaluate_vqa
 from siq_vl.ablation import results as ablations
 from siq_vl.ablation.arms import Arm, Plan, jobs_of, read_plan
 from siq_vl.evaluation import generation, report, tables
@@ -145,6 +147,22 @@ def cells(table: str) -> dict[str, list[str]]:
 
 
 UNSCORED = {"fault": kept.IMAGE, "correct": False}
+
+
+def test_losses_are_of_ordinary_questions(processor, monkeypatch):
+    asked = {}
+
+    def record(model, processor, items, traces, **options):
+        asked["trace" if traces else "answer"] = {item.group for item in items}
+        return {item.id: 1.0 for item in items}
+
+    monkeypatch.setattr(evaluate_vqa, "reference_losses", record)
+    options = SimpleNamespace(before_after=True, batch_size=2)
+    settings = SimpleNamespace(blind=False, template_options=None)
+    items = held_out_items(5)
+    assert {item.group for item in items} == {"held out", "hard", "combinations"}
+    losses = evaluate_vqa.losses_of(options, "name", items, None, processor, settings)
+    assert asked == {"trace": {"held out"}, "answer": {"held out"}} and losses.keys() == asked.keys()
 
 
 def test_tables_count_scores_of_scored_questions():
