@@ -14,12 +14,14 @@ import argparse
 import json
 import logging
 from pathlib import Path
+from random import Random
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from siq_vl.pretraining import captions, loop, text, vision
+from siq_vl.data.world.scatter import scattered
+from siq_vl.pretraining import captions, loop, reading, text, vision
 from siq_vl.pretraining.gates import failures, gate_accuracies
 from siq_vl.pretraining.tokenizer import train_tokenizer
 
@@ -70,6 +72,31 @@ def train_vision(options: argparse.Namespace, device: torch.device) -> None:
     loop.run(model, losses_at, options.work / "vision", steps=options.steps, learning_rate=options.learning_rate)
     samples = [vision.figures.sample("test", index, seed=-1, hard=False) for index in range(600)]
     logger.info("cells read exactly, unseen pictures: %.3f", vision.read_accuracy(model.cpu().eval(), words, samples))
+
+
+def train_letters(options: argparse.Namespace, device: torch.device) -> None:
+    """Train a tower to read: the characters of each patch, then the words of each cell too, on small crowded pictures."""
+    module = reading.ReadingTower(reading.SMALL_SIDE).to(device)
+    size = options.batch_size
+
+    def losses_at(step: int) -> loop.Losses:
+        indices = range(step * size, (step + 1) * size)
+        pictures = [scattered(Random(f"letters/{options.seed}/{index}"), module.side) for index in indices]
+        labels = {name: tensor.to(device) for name, tensor in reading.label_batch(pictures).items()}
+        losses = reading.dense_losses(module(reading.pixel_batch(pictures).to(device)), labels)
+        wanted = ("letters", "seen") if step >= reading.LETTERS_ALONE else ("letters",)
+        return {name: losses[name] for name in wanted}
+
+    loop.run(
+        module,
+        losses_at,
+        options.work / "letters",
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        optimizer=reading.MuonAndAdamW(module),
+        factor_at=loop.steady_then_down,
+        save_every=200,
+    )
 
 
 def build_captioner(work: Path, reached: str) -> tuple[captions.Captioner, PreTrainedTokenizerFast]:
@@ -135,6 +162,7 @@ PHASES = {
     "text": (train_text, {"steps": 2400, "batch_size": 32, "learning_rate": 1.5e-3}),
     "vision": (train_vision, {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3}),
     "captions": (train_captions, {"steps": 1200, "batch_size": 16, "learning_rate": 1.5e-3}),
+    "letters": (train_letters, {"steps": 12000, "batch_size": 16, "learning_rate": 1.5e-3}),
     "export": (export, {}),
 }
 
