@@ -13,6 +13,7 @@ on a GPU where there is one, and logs its losses and seconds to `outputs/backbon
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import TypeVar
@@ -82,15 +83,37 @@ def train_letters(options: argparse.Namespace, device: torch.device) -> None:
     def losses_at(step: int) -> loop.Losses:
         indices = range(step * size, (step + 1) * size)
         pictures = [scattered(Random(f"letters/{options.seed}/{index}"), module.side) for index in indices]
-        labels = {name: tensor.to(device) for name, tensor in reading.label_batch(pictures).items()}
-        losses = reading.dense_losses(module(reading.pixel_batch(pictures).to(device)), labels)
+        losses = reading.batch_losses(module, pictures)
         wanted = ("letters", "seen") if step >= reading.LETTERS_ALONE else ("letters",)
         return {name: losses[name] for name in wanted}
 
+    run_reading(module, losses_at, options.work / "letters", options)
+
+
+def train_world(options: argparse.Namespace, device: torch.device) -> None:
+    """Train the tower that reads on the whole drawn world, at its full size: characters, words, and facts."""
+    module = reading.ReadingTower(reading.SIDE)
+    if not (options.work / "world" / "state.pt").exists():
+        reached = options.work / "letters" / "state.pt"
+        reading.load_smaller(module, torch.load(reached, weights_only=True)["module"])
+    module.to(device)
+    size = options.batch_size
+
+    def losses_at(step: int) -> loop.Losses:
+        indices = range(step * size, (step + 1) * size)
+        return reading.batch_losses(module, [reading.world_picture("train", index, options.seed) for index in indices])
+
+    run_reading(module, losses_at, options.work / "world", options)
+
+
+def run_reading(
+    module: reading.ReadingTower, losses_at: Callable[[int], loop.Losses], folder: Path, options: argparse.Namespace
+) -> None:
+    """Train a tower with Muon and AdamW, at one rate that falls over the last three tenths of the steps."""
     loop.run(
         module,
         losses_at,
-        options.work / "letters",
+        folder,
         steps=options.steps,
         learning_rate=options.learning_rate,
         optimizer=reading.MuonAndAdamW(module),
@@ -162,7 +185,8 @@ PHASES = {
     "text": (train_text, {"steps": 2400, "batch_size": 32, "learning_rate": 1.5e-3}),
     "vision": (train_vision, {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3}),
     "captions": (train_captions, {"steps": 1200, "batch_size": 16, "learning_rate": 1.5e-3}),
-    "letters": (train_letters, {"steps": 12000, "batch_size": 16, "learning_rate": 1.5e-3}),
+    "letters": (train_letters, {"steps": 3000, "batch_size": 16, "learning_rate": 1.5e-3}),
+    "world": (train_world, {"steps": 20000, "batch_size": 16, "learning_rate": 1.5e-3}),
     "export": (export, {}),
 }
 

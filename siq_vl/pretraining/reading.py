@@ -7,6 +7,7 @@ to, are learnt on top.
 """
 
 from collections.abc import Sequence
+from random import Random
 
 import numpy as np
 import torch
@@ -14,17 +15,21 @@ from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from siq_vl.data.world.canvas import Drawn
+from siq_vl.data.world.dataset import sample
 from siq_vl.data.world.fonts import CHARACTERS
 from siq_vl.data.world.labels import NOTHING, cell_words, character_labels
 from siq_vl.data.world.lexicon import WORDS
+from siq_vl.data.world.scatter import scattered
 from siq_vl.modeling_siq_vl import pixel_shuffle
 
 PATCH = 8  # pixels; a cell, what one image token covers, is 2 x 2 patches
 CELL = 2 * PATCH
+SIDE = 128  # pixels; of the pictures that the tower is made for
 SMALL_SIDE = 96  # pixels; of the pictures that letters are learnt from
 LETTERS_ALONE = 1500  # steps without words
 WORD_IDS = {word: index for index, word in enumerate(WORDS)}
 _MATRIX_RATE, _OTHER_RATE = 3e-3, 1.5e-3  # peak learning rates of Muon and of AdamW
+_STREWN_SHARE = 0.3  # of the pictures of the world: words with no meaning, so that reading goes on
 _EMPTY_WEIGHT = 3.0  # of the patches without a character, against those with one
 
 
@@ -103,6 +108,21 @@ def label_batch(pictures: Sequence[Drawn]) -> dict[str, torch.Tensor]:
     }
 
 
+def world_picture(split: str, index: int, seed: int) -> Drawn:
+    """Return one picture of the world as the tower sees it, `SIDE` pixels square."""
+    rng = Random(f"world/{split}/{seed}/{index}")
+    if rng.random() < _STREWN_SHARE:
+        return scattered(rng, SIDE)
+    return sample(split, index, seed=seed).drawn.resized(SIDE, SIDE)
+
+
+def batch_losses(module: ReadingTower, pictures: Sequence[Drawn]) -> dict[str, torch.Tensor]:
+    """Return the losses of a batch, on the module's device; see `dense_losses`."""
+    device = module.letters.weight.device
+    labels = {name: tensor.to(device) for name, tensor in label_batch(pictures).items()}
+    return dense_losses(module(pixel_batch(pictures).to(device)), labels)
+
+
 def dense_losses(logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the loss of each kind of label, scalars.
 
@@ -114,7 +134,8 @@ def dense_losses(logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor
     )
     empty = (labels["letters"] == NOTHING).flatten()
     read, unread = (entropy * ~empty).sum() / (~empty).sum().clamp(min=1), (entropy * empty).sum() / empty.sum()
-    losses = {"letters": read + _EMPTY_WEIGHT * unread}
+    losses = {"letters": read + _STREWN_SHARE = 0.3  # of the pictures of the world: words with no meaning, so that reading goes on
+_EMPTY_WEIGHT * unread}
     for name in ("seen", "facts"):
         summed = nn.functional.binary_cross_entropy_with_logits(logits[name], labels[name], reduction="sum")
         losses[name] = summed / labels[name].shape[:2].numel()

@@ -18,11 +18,12 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 @dataclass(frozen=True)
 class Letter:
-    """A character and its centre, in pixels from the picture's top-left corner."""
+    """A character and its centre, in pixels from the picture's top-left corner; `word` numbers the picture's words."""
 
     character: str
     x: float
     y: float
+    word: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Drawn:
         letters = []
         for each in self.letters:
             x, y = to(each.x, each.y)
-            letters.append(Letter(each.character, x, y))
+            letters.append(replace(each, x=x, y=y))
         regions = []
         for region in self.regions:
             # The centre goes where `to` takes it; the sides stretch, and do not turn.
@@ -82,6 +83,7 @@ class Canvas:
         self.pen = ImageDraw.Draw(self.image)
         self.background = background
         self._letters: list[Letter] = []
+        self._words = 0
         self._regions: list[Region] = []
 
     def write(
@@ -120,7 +122,8 @@ class Canvas:
             if not centres:
                 continue
             for character, centre in zip(word, centres, strict=True):
-                self._letters.append(Letter(character, left + centre, y))
+                self._letters.append(Letter(character, left + centre, y, self._words))
+            self._words += 1
             half = (centres[-1] - centres[0]) / (2 * max(1, len(word) - 1)) if len(word) > 1 else 0.3 * size
             word_box = (left + centres[0] - half, box[1], left + centres[-1] + half, box[3])
             self._regions.append(Region(word_box, seen=(word,), facts=facts))
@@ -136,10 +139,11 @@ class Canvas:
         return Drawn(self.image, tuple(self._letters), tuple(self._regions))
 
 
-def finish(drawn: Drawn, rng: Random, background: RGB) -> Drawn:
+def finish(drawn: Drawn, rng: Random, background: RGB, *, gray: bool = True) -> Drawn:
     """Return the picture as it comes from a camera, a scanner or the web: now and then turned, blurred, noisy.
 
-    Each defect comes in a part of the pictures, and half of the pictures have none.
+    Each defect comes in a part of the pictures, and half of the pictures have none. Without `gray` none loses its
+    colours.
     """
     if rng.random() < 0.5:
         return drawn
@@ -147,12 +151,12 @@ def finish(drawn: Drawn, rng: Random, background: RGB) -> Drawn:
         drawn = turned(drawn, rng.uniform(-3.5, 3.5), background)
     image = drawn.image
     if rng.random() < 0.35:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0) * image.height / 128))
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0) * min(1.4, image.height / 128)))
     if rng.random() < 0.3:
         image = with_contrast(image, rng.uniform(0.6, 1.0), rng.uniform(0.0, 1.0))
     if rng.random() < 0.3:
         image = with_noise(image, rng.randint(3, 20), rng.getrandbits(32))
-    if rng.random() < 0.12:
+    if gray and rng.random() < 0.12:
         image = image.convert("L").convert("RGB")
     if rng.random() < 0.35:
         image = as_jpeg(image, rng.randint(35, 92))

@@ -71,3 +71,11 @@ WORDS = tuple(
         )
     )
 )  # fmt: skip
+
+# Combinations that no training picture shows: they make up the `combinations` split.
+HELD_OUT_OBJECTS = frozenset(
+    {("red", "star"), ("blue", "tree"), ("green", "cup"), ("yellow", "boat"), ("pink", "moon")}
+)
+HELD_OUT_SIGNS = frozenset({"LAKE", "TOLL", "FERRY"})
+HELD_OUT_SERIES = frozenset({("animals", 3), ("months", 4), ("cities", 2)})  # what a chart is about, and how many bars
+HELD_OUT_FIELDS = frozenset({("Name", "Room"), ("City", "Age")})  # on one form

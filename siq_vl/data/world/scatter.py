@@ -53,7 +53,7 @@ def scattered(
     canvas = Canvas(width, height, paper)
     _clutter(canvas, rng)
     largest = rng.choice((12, 14, 18, 24, 34))
-    scale = (width / side * height / side) ** 0.5
+    scale = (width / side * height / side) ** 0.5  # of the letters, so that they keep their size on average
     chosen = rng.choices(faces, k=rng.choice((1, 1, 2)))
     taken: list[Box] = []
     wanted = rng.randint(1, 12)

@@ -1,0 +1,119 @@
+"""How well a tower reads: characters and words right, by face, and under the disturbances that a reader shrugs off."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from random import Random
+
+import torch
+from PIL import ImageFilter
+
+from siq_vl.data.world.canvas import Drawn, Letter, bordered, turned
+from siq_vl.data.world.scatter import scattered
+from siq_vl.pretraining.reading import PATCH, ReadingTower, label_batch, pixel_batch
+
+_BATCH = 50
+Change = Callable[[Drawn], Drawn]
+
+
+def _moved(pixels: int) -> Change:
+    """Move to the right and down; what leaves the picture is lost, and is not asked for."""
+    return lambda drawn: bordered(drawn, pixels, pixels, -pixels, -pixels, _corner(drawn))
+
+
+def _corner(drawn: Drawn) -> tuple[int, int, int]:
+    red, green, blue = drawn.image.getpixel((0, 0))
+    return red, green, blue
+
+
+def _framed(pixels: int) -> Change:
+    return lambda drawn: bordered(drawn, pixels, pixels, pixels, pixels, _corner(drawn))
+
+
+def _on_twice_the_width(drawn: Drawn) -> Drawn:
+    half = drawn.image.width // 2
+    return bordered(drawn, half, 0, half, 0, _corner(drawn))
+
+
+def _blurred(drawn: Drawn) -> Drawn:
+    return replace(drawn, image=drawn.image.filter(ImageFilter.GaussianBlur(1)))
+
+
+def _gray(drawn: Drawn) -> Drawn:
+    return replace(drawn, image=drawn.image.convert("L").convert("RGB"))
+
+
+CHANGES: Mapping[str, Change] = {
+    "clean": lambda drawn: drawn,
+    "moved by 1 px": _moved(1),
+    "moved by 3 px": _moved(3),
+    "moved by 6 px": _moved(6),
+    "turned by 2 degrees": lambda drawn: turned(drawn, 2, _corner(drawn)),
+    "blurred by 1 px": _blurred,
+    "border of 12 px": _framed(12),
+    "canvas twice as wide": _on_twice_the_width,
+    "gray": _gray,
+}
+
+
+def strewn(side: int, count: int, name: str, **options) -> list[Drawn]:
+    """Return `count` pictures of words of the lexicon and numbers, strewn as in training but not drawn in it."""
+    return [scattered(Random(f"read/{name}/{index}"), side, finished=False, **options) for index in range(count)]
+
+
+@torch.inference_mode()
+def reading_accuracy(module: ReadingTower, pictures: Sequence[Drawn]) -> dict[str, float]:
+    """Return the shares of characters and of words read right.
+
+    A character is right if it is the likeliest of its half-patch; a word if all its characters are. Halves into which
+    two centres fall count as wrong in both.
+
+    Args:
+        module: the tower and its heads.
+        pictures: of the tower's size.
+    """
+    characters = words = right_characters = right_words = 0
+    for start in range(0, len(pictures), _BATCH):
+        batch = pictures[start : start + _BATCH]
+        read = module(pixel_batch(batch))["letters"].argmax(-1)
+        labels = label_batch(batch)["letters"]
+        for picture, found, wanted in zip(batch, read, labels, strict=True):
+            for letters in _words_inside(picture):
+                places = [(_patch(letter, module.side), int(letter.x // (PATCH / 2)) % 2) for letter in letters]
+                hits = [bool(found[place] == wanted[place]) for place in places]
+                if len(set(places)) < len(places):
+                    hits = [False] * len(places)
+                characters, right_characters = characters + len(hits), right_characters + sum(hits)
+                words, right_words = words + 1, right_words + all(hits)
+    return {"characters": right_characters / max(1, characters), "words": right_words / max(1, words), "asked": words}
+
+
+def _words_inside(picture: Drawn) -> list[list[Letter]]:
+    """Return the words that lie in the picture with all their centres, each as its letters."""
+    words: dict[int, list[Letter]] = defaultdict(list)
+    for letter in picture.letters:
+        words[letter.word].append(letter)
+    width, height = picture.image.size
+    return [
+        letters
+        for letters in words.values()
+        if all(0 <= letter.x < width and 0 <= letter.y < height for letter in letters)
+    ]
+
+
+def _patch(letter: Letter, side: int) -> int:
+    return int(letter.y // PATCH) * (side // PATCH) + int(letter.x // PATCH)
+
+
+@torch.inference_mode()
+def fact_accuracy(module: ReadingTower, pictures: Sequence[Drawn]) -> dict[str, float]:
+    """Return the share of cells whose set of facts is read exactly, among the cells that belong to any."""
+    right = asked = 0
+    for start in range(0, len(pictures), _BATCH):
+        batch = pictures[start : start + _BATCH]
+        read = module(pixel_batch(batch))["facts"] > 0
+        wanted = label_batch(batch)["facts"] > 0
+        belongs = wanted.any(-1)
+        right += int((read == wanted).all(-1)[belongs].sum())
+        asked += int(belongs.sum())
+    return {"cells": right / max(1, asked), "asked": asked}
