@@ -134,8 +134,7 @@ def dense_losses(logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor
     )
     empty = (labels["letters"] == NOTHING).flatten()
     read, unread = (entropy * ~empty).sum() / (~empty).sum().clamp(min=1), (entropy * empty).sum() / empty.sum()
-    losses = {"letters": read + _STREWN_SHARE = 0.3  # of the pictures of the world: words with no meaning, so that reading goes on
-_EMPTY_WEIGHT * unread}
+    losses = {"letters": read + _EMPTY_WEIGHT * unread}
     for name in ("seen", "facts"):
         summed = nn.functional.binary_cross_entropy_with_logits(logits[name], labels[name], reduction="sum")
         losses[name] = summed / labels[name].shape[:2].numel()
