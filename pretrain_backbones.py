@@ -6,7 +6,11 @@ Stage 0: pretrain the tiny backbones that stand in for SigLIP-2 and Qwen2.5, and
     python pretrain_backbones.py --phase captions # the language model again: captions between the text
     python pretrain_backbones.py --phase export   # check the gates, write backbones/
 
-`text` and `vision` are independent of each other; `captions` needs both. Every phase resumes where it was stopped, runs
+    python pretrain_backbones.py --phase letters  # another tower, which reads at any place: its letters
+    python pretrain_backbones.py --phase world    # the same tower on the whole drawn world
+    python pretrain_backbones.py --phase export_tower  # measure what it reads, write backbones/siglip2-reading/
+
+`text` and `vision` are independent of each other; `captions` needs both; `world` needs `letters`. Every phase resumes where it was stopped, runs
 on a GPU where there is one, and logs its losses and seconds to `outputs/backbones/<phase>/log.jsonl`.
 """
 
@@ -22,7 +26,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from siq_vl.data.world.scatter import scattered
-from siq_vl.pretraining import captions, loop, reading, text, vision
+from siq_vl.pretraining import captions, loop, reading, reading_accuracy, text, vision
 from siq_vl.pretraining.gates import failures, gate_accuracies
 from siq_vl.pretraining.tokenizer import train_tokenizer
 
@@ -104,6 +108,26 @@ def train_world(options: argparse.Namespace, device: torch.device) -> None:
         return reading.batch_losses(module, [reading.world_picture("train", index, options.seed) for index in indices])
 
     run_reading(module, losses_at, options.work / "world", options)
+
+
+def export_tower(options: argparse.Namespace, device: torch.device) -> None:
+    """Write the tower that phase `letters` or `world` has reached, and what it reads."""
+    side = {"letters": reading.SMALL_SIDE, "world": reading.SIDE}[options.reached]
+    module = load_module(options.work / options.reached, reading.ReadingTower(side)).to(device).eval()
+    folder = options.backbones / "siglip2-reading"
+    module.tower.save_pretrained(folder)
+    vision.image_processor(side).save_pretrained(folder)
+    lines = (options.work / options.reached / "log.jsonl").read_text().splitlines()
+    read = reading_accuracy.measured(module, options.count, options.font)
+    for table, rows in read.items():
+        for name, row in rows.items():
+            logger.info("%-8s %-50s %s", table, name, {key: round(value, 3) for key, value in row.items()})
+    told = {"phase": options.reached, "training": json.loads(lines[-1]), **read}
+    (folder / "measured.json").write_text(json.dumps(told, indent=2) + "\n")
+    for phase in ("letters", "world"):
+        log = options.work / phase / "log.jsonl"
+        if log.exists():
+            (folder / f"{phase}.jsonl").write_text(log.read_text())
 
 
 def run_reading(
@@ -188,6 +212,7 @@ PHASES = {
     "letters": (train_letters, {"steps": 3000, "batch_size": 16, "learning_rate": 1.5e-3}),
     "world": (train_world, {"steps": 20000, "batch_size": 16, "learning_rate": 1.5e-3}),
     "export": (export, {}),
+    "export_tower": (export_tower, {}),
 }
 
 
@@ -202,6 +227,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--work", type=Path, default=Path("outputs/backbones"))
     parser.add_argument("--backbones", type=Path, default=Path("backbones"))
+    parser.add_argument("--reached", choices=("letters", "world"), default="world", help="phase to export the tower of")
+    parser.add_argument("--count", type=int, default=200, help="pictures for each row of what an exported tower reads")
+    parser.add_argument("--font", action="append", default=[], help="path of a further font that it is to read")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     function, defaults = PHASES[options.phase]

@@ -3,12 +3,16 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import torch
 from PIL import ImageFilter
 
 from siq_vl.data.world.canvas import Drawn, Letter, bordered, turned
+from siq_vl.data.world.dataset import DOMAINS, sample
+from siq_vl.data.world.fonts import FACES, HELD_OUT_FACES, Face
+from siq_vl.data.world.lexicon import WORDS
 from siq_vl.data.world.scatter import scattered
 from siq_vl.pretraining.reading import PATCH, ReadingTower, label_batch, pixel_batch
 
@@ -117,3 +121,42 @@ def fact_accuracy(module: ReadingTower, pictures: Sequence[Drawn]) -> dict[str, 
         right += int((read == wanted).all(-1)[belongs].sum())
         asked += int(belongs.sum())
     return {"cells": right / max(1, asked), "asked": asked}
+
+
+def measured(
+    module: ReadingTower, count: int = 200, fonts: Sequence[str] = ()
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return what a tower reads, on pictures that it was not trained on.
+
+    Args:
+        module: the tower and its heads.
+        count: pictures for each row.
+        fonts: paths of further fonts to read, TrueType.
+
+    Returns:
+        By table and row: `faces` and `changes` of strewn words and numbers of the lexicon, clean; `facts` of the test
+        split's figures, by domain and look.
+    """
+    side = module.side
+    faces = {}
+    for face in (*FACES, *HELD_OUT_FACES):
+        name = f"{face.family}, {face.file}" + (" (held out)" if face in HELD_OUT_FACES else "")
+        faces[name] = reading_accuracy(module, strewn(side, count, "faces", words=WORDS, faces=(face,)))
+    for path in fonts:
+        face = Face("foreign", str(Path(path).absolute()))
+        faces[Path(path).name] = reading_accuracy(module, strewn(side, count, "faces", words=WORDS, faces=(face,)))
+    changes = {}
+    pictures = strewn(side, count, "changes", words=WORDS)
+    for name, change in CHANGES.items():
+        changed = [change(picture).resized(side, side) for picture in pictures]
+        changes[name] = reading_accuracy(module, changed)
+    facts = {}
+    for look in ("trained", "fonts", "styles", "matplotlib", "matplotlib styles"):
+        for domain in DOMAINS if look in ("trained", "fonts") else ("charts",):
+            for hard in (False, True) if domain == "charts" else (False,):
+                samples = [
+                    sample("test", index, seed=-1, domain=domain, hard=hard, look=look) for index in range(count)
+                ]
+                name = f"{domain}{', values off the axis' if hard else ''}, {look}"
+                facts[name] = fact_accuracy(module, [each.drawn.resized(side, side) for each in samples])
+    return {"faces": faces, "changes": changes, "facts": facts}

@@ -55,7 +55,7 @@ class Drawn:
         letters = []
         for each in self.letters:
             x, y = to(each.x, each.y)
-            letters.append(replace(each, x=x, y=y))
+            letters.append(Letter(each.character, x, y, each.word))
         regions = []
         for region in self.regions:
             # The centre goes where `to` takes it; the sides stretch, and do not turn.
@@ -63,7 +63,8 @@ class Drawn:
             x, y = to((left + right) / 2, (top + bottom) / 2)
             wide, _ = to(right, (top + bottom) / 2)
             _, high = to((left + right) / 2, bottom)
-            regions.append(replace(region, box=(2 * x - wide, 2 * y - high, wide, high)))
+            box = (2 * x - wide, 2 * y - high, wide, high)
+            regions.append(Region(box, region.seen, region.facts))
         return replace(self, image=image, letters=tuple(letters), regions=tuple(regions))
 
     def resized(self, width: int, height: int) -> Self:
@@ -103,7 +104,7 @@ class Canvas:
         Args:
             x: left end of the text, or the point that `align` says.
             y: height of the middle of its small letters.
-            text: any number of words; each is remembered as one.
+            text: any number of words; each is remembered as one, without punctuation and currency.
             face: see `fonts`.
             size: in pixels.
             fill: colour of the ink.
@@ -126,7 +127,7 @@ class Canvas:
             self._words += 1
             half = (centres[-1] - centres[0]) / (2 * max(1, len(word) - 1)) if len(word) > 1 else 0.3 * size
             word_box = (left + centres[0] - half, box[1], left + centres[-1] + half, box[3])
-            self._regions.append(Region(word_box, seen=(word,), facts=facts))
+            self._regions.append(Region(word_box, seen=(bare(word),), facts=facts))
         return box
 
     def mark(self, box: Box, *, seen: tuple[str, ...] = (), facts: tuple[str, ...] = ()) -> None:
@@ -137,6 +138,11 @@ class Canvas:
     def drawn(self) -> Drawn:
         """The picture as it stands."""
         return Drawn(self.image, tuple(self._letters), tuple(self._regions))
+
+
+def bare(word: str) -> str:
+    """Return a printed word or number as facts and answers have it: `$12.00`, `12%` and `12.-` are all `12`."""
+    return word.removesuffix(".00").strip(".,:%$-!?")
 
 
 def finish(drawn: Drawn, rng: Random, background: RGB, *, gray: bool = True) -> Drawn:

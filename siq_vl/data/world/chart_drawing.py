@@ -6,7 +6,7 @@ from random import Random
 
 from siq_vl.data.world.canvas import RGB, Box, Canvas
 from siq_vl.data.world.figure import Look, Page, blank, contrast, ink_on, palette
-from siq_vl.data.world.fonts import letter
+from siq_vl.data.world.fonts import text_width
 
 Entries = tuple[tuple[str, int], ...]
 
@@ -19,16 +19,11 @@ UNSEEN_PIE_STYLES = ("ring",)
 _SMALLEST = 8.5  # native pixels; letters are never smaller, unless they would not fit
 
 
-def text_width(text: str, page: Page, size: int) -> float:
-    """Return the width of a text in the page's face, in pixels."""
-    return letter(text, page.face, size).mask.width
-
-
 def fitting(texts: list[str], room: float, page: Page, wanted: int) -> int:
     """Return the largest size, at most `wanted`, in which every text is at most `room` pixels wide."""
     smallest = max(6, round(0.75 * _SMALLEST * page.unit))
     size = wanted
-    while size > smallest and max(text_width(text, page, size) for text in texts) > room:
+    while size > smallest and max(text_width(text, page.face, size) for text in texts) > room:
         size -= 1
     return size
 
@@ -89,7 +84,7 @@ def draw_bars(
     where = rng.choice(("end", "end", "end", "inside", "label")) if printed else "none"
     value_size = max(round(0.85 * size), round(_SMALLEST * page.unit))
     if upright:
-        axis_room = text_width(str(top), page, value_size) + 3 * page.unit if with_axis else 2
+        axis_room = text_width(str(top), page.face, value_size) + 3 * page.unit if with_axis else 2
         slot = (right - left - axis_room) / len(entries)
         size = fitting(labels, 0.96 * slot, page, size)
         label_room = 1.2 * size * (2 if where == "label" else 1)
@@ -97,12 +92,12 @@ def draw_bars(
         plot = _Plot(left + axis_room, start + head, right, bottom - label_room - 2 * page.unit)
     else:
         label_room = max(
-            text_width(label, page, fitting(labels, 0.42 * (right - left), page, size)) for label in labels
+            text_width(label, page.face, fitting(labels, 0.42 * (right - left), page, size)) for label in labels
         )
         size = fitting(labels, 0.42 * (right - left), page, size)
         if where == "label":
-            label_room += text_width(f" {top}", page, size)
-        tail = text_width(str(top), page, value_size) + 4 * page.unit if where == "end" else 0.5 * value_size
+            label_room += text_width(f" {top}", page.face, size)
+        tail = text_width(str(top), page.face, value_size) + 4 * page.unit if where == "end" else 0.5 * value_size
         foot = 1.3 * value_size if with_axis else 2
         plot = _Plot(left + label_room + 4 * page.unit, start + 2, right - tail, bottom - foot)
         slot = (plot.bottom - plot.top) / len(entries)
@@ -144,14 +139,14 @@ def _label_bar(
         if where == "label":
             write(centre, plot.bottom + gap + 1.7 * size, text, face, size, ink, align=0.5, facts=fact)
         room = box[3] - box[1] > 1.2 * value_size and style not in ("hollow", "lollipop", "striped")
-        if where == "inside" and room and text_width(text, page, value_size) < box[2] - box[0]:
+        if where == "inside" and room and text_width(text, page.face, value_size) < box[2] - box[0]:
             write(centre, box[1] + 0.75 * value_size, text, face, value_size, ink_on(fill), align=0.5, facts=fact)
         elif where in ("end", "inside"):
             write(centre, box[1] - 0.55 * value_size - gap / 2, text, face, value_size, ink, align=0.5, facts=fact)
         return
     described = f"{label} {text}" if where == "label" else label
     write(plot.left - gap, centre, described, face, size, ink, align=1.0, facts=fact)
-    wide = text_width(text, page, value_size)
+    wide = text_width(text, page.face, value_size)
     if where == "inside" and box[2] - box[0] > wide + gap and style not in ("hollow", "lollipop", "striped"):
         write(box[2] - gap / 2, centre, text, face, value_size, ink_on(fill), align=1.0, facts=fact)
     elif where in ("end", "inside"):
@@ -166,7 +161,7 @@ def _axis(
     tone = _axis_tone(page)
     small_ticks = rng.random() < 0.5
     ticks = _ticks(top, rng) if numbers else []
-    if not upright and len(ticks) * 1.3 * text_width(str(top), page, size) > plot.right - plot.left:
+    if not upright and len(ticks) * 1.3 * text_width(str(top), page.face, size) > plot.right - plot.left:
         ticks = [0, top]  # the others would not fit beside each other
     for tick in ticks:
         if upright:
@@ -229,7 +224,7 @@ def draw_line(entries: Entries, top: int, printed: bool, title: str, look: Look,
     labels = [label for label, _ in entries]
     with_axis = not printed or rng.random() < 0.5
     value_size = max(round(0.85 * size), round(_SMALLEST * page.unit))
-    axis_room = text_width(str(top), page, value_size) + 4 * page.unit if with_axis else 2
+    axis_room = text_width(str(top), page.face, value_size) + 4 * page.unit if with_axis else 2
     slot = (right - left - axis_room) / len(entries)
     size = fitting(labels, 0.96 * slot, page, size)
     plot = _Plot(left + axis_room, start + 1.3 * value_size, right, bottom - 1.3 * size - 2 * page.unit)
@@ -286,12 +281,12 @@ def draw_pie(entries: Entries, title: str, look: Look, rng: Random) -> Canvas:
         # Label over value, beside the slice's middle.
         texts = [label for label, _ in entries]
         size = fitting(texts, 0.28 * width, page, size)
-        wide = max(text_width(text, page, size) for text in texts)
+        wide = max(text_width(text, page.face, size) for text in texts)
         radius = max(0.18 * min(width, height), min(0.5 * width - wide - 2 * page.unit, 0.5 * height - 2.2 * size))
         x, y = (left + right) / 2, (start + bottom) / 2
     elif width > 0.9 * height:
         size = min(fitting(described, 0.5 * width, page, size), max(6, round(0.9 * height / len(entries))))
-        wide = max(text_width(text, page, size) for text in described) + 1.2 * size
+        wide = max(text_width(text, page.face, size) for text in described) + 1.2 * size
         radius = max(0.14 * width, min(0.5 * height, 0.5 * (width - wide) - 2 * page.unit))
         x, y = (left + radius, (start + bottom) / 2)
     else:
@@ -337,7 +332,7 @@ def _write_around(
 ) -> None:  # fmt: skip
     """Write a slice's label over its value outside the slice, moved outwards and along where there is writing."""
     dx, dy = way
-    half = max(text_width(text, page, size) for text in (label, value)) / 2
+    half = max(text_width(text, page.face, size) for text in (label, value)) / 2
     x = centre[0] + (radius + half + 2 * page.unit) * dx
     y = centre[1] + (radius + 1.1 * size) * dy
     width, height = page.canvas.image.size
@@ -392,7 +387,7 @@ def draw_stack(
     edge = left
     for part, fill in zip(parts, fills, strict=True):
         _legend(page, edge, start, [(part, (part,), fill)], size)
-        edge += text_width(part, page, size) + 2 * size
+        edge += text_width(part, page.face, size) + 2 * size
     plot = _Plot(left + 1, start + 1.8 * size, right, bottom - 1.4 * size)
     slot = (plot.right - plot.left) / len(columns)
     _axis(page, plot, top, size, rng, upright=True, numbers=False, grid=False)

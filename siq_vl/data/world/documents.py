@@ -7,8 +7,9 @@ from typing import ClassVar, Self
 from siq_vl.data.figures.figure import Fact, Question, compare_and_add, phrase, total, verdict
 from siq_vl.data.world import lexicon
 from siq_vl.data.world.canvas import RGB, Drawn
-from siq_vl.data.world.chart_drawing import fitting, text_width
+from siq_vl.data.world.chart_drawing import fitting
 from siq_vl.data.world.figure import Figure, Look, Page, blank, contrast, ink_on, shade, unanswerable
+from siq_vl.data.world.fonts import text_width
 
 _PRICES = {
     "value": ("How much is the {a}?", "What does the {a} cost?"),
@@ -91,11 +92,11 @@ class Receipt(Figure):
             y += 1.3 * pitch
         column = right
         if rng.random() < 0.3:  # the prices nearer to the items than the far edge
-            column = min(right, left + max(text_width(text, page, size) for text in widest) + rng.uniform(0, 1) * (right - left) / 3)  # fmt: skip
+            column = min(right, left + max(text_width(text, page.face, size) for text in widest) + rng.uniform(0, 1) * (right - left) / 3)  # fmt: skip
         for (item, price), shown in zip(self.lines, prices, strict=True):
             fact = (item, str(price))
             box = page.canvas.write(left, y, item, page.face, size, page.ink, facts=fact)
-            start = column - text_width(shown, page, size)
+            start = column - text_width(shown, page.face, size)
             if layout == "dots":
                 for x in range(round(box[2]) + 3, round(start) - 2, max(3, round(3 * page.unit))):
                     page.canvas.pen.point((x, y + 0.25 * size), fill=page.ink)
@@ -162,7 +163,7 @@ class Signs(Figure):
             high = slot * rng.uniform(0.6, 0.92)
             size = min(round(page.unit * rng.choice((12, 14, 16, 20, 24, 30))), round(0.8 * high))
             size = fitting([word], 0.78 * (right - left), page, size)
-            wide = min(right - left, text_width(word, page, size) + size * rng.uniform(0.9, 2.2))
+            wide = min(right - left, text_width(word, page.face, size) + size * rng.uniform(0.9, 2.2))
             x, middle = rng.uniform(left, right - wide), y + slot / 2
             box = (x, middle - high / 2, x + wide, middle + high / 2)
             _board(page, box, fill, rng)
@@ -248,7 +249,7 @@ class Plate(Figure):
         text = f"{self.letter}{rng.choice((' ', ' ', '-', '  '))}{self.number}"
         size = fitting([text], 0.56 * width, page, round(unit * rng.choice((14, 16, 20, 24))))
         size = min(size, round(0.34 * height))
-        wide, middle = text_width(text, page, size), (body[1] + body[3]) / 2 + 0.05 * height
+        wide, middle = text_width(text, page.face, size), (body[1] + body[3]) / 2 + 0.05 * height
         x = (left + right) / 2
         plate_fill = rng.choice(((255, 255, 255), (255, 255, 255), (250, 214, 60)))
         plate = (x - wide / 2 - 0.3 * size, middle - 0.65 * size, x + wide / 2 + 0.3 * size, middle + 0.65 * size)
@@ -399,8 +400,8 @@ class Form(Figure):
             [f"{name}  {value}" for name, value in zip(names, values, strict=True)], right - left, page, size
         )
         pitch = min(pitch, size * rng.uniform(1.4, 2.6))
-        widest = max(text_width(f"{name} ", page, size) for name in names)
-        room = right - left - widest - max(text_width(value, page, size) for value in values)
+        widest = max(text_width(f"{name} ", page.face, size) for name in names)
+        room = right - left - widest - max(text_width(value, page.face, size) for value in values)
         column = left + widest + max(0.0, room) * rng.uniform(0, 0.8)
         tone: RGB = (120, 120, 120)
         y = top + pitch / 2

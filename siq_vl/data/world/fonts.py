@@ -42,7 +42,7 @@ HELD_OUT_FACES = (
     Face("DejaVu Sans Mono", "DejaVuSansMono.ttf"),
     Face("Computer Modern Roman", "cmr10.ttf"),
 )
-_BITMAP_HEIGHT = 11  # pixels of Pillow's bitmap font, which has one size
+_BITMAP_WIDTH, _BITMAP_HEIGHT = 6, 11  # pixels of a character of Pillow's bitmap font, which has one size
 
 
 @dataclass(frozen=True)
@@ -78,33 +78,52 @@ def _font(face: Face, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(_folder() / face.file, size, layout_engine=ImageFont.Layout.BASIC)
 
 
-@lru_cache(maxsize=20_000)
 def letter(text: str, face: Face, size: int) -> Lettering:
     """Render `text`; `size` is the face's, in pixels, of which a capital takes some 70%."""
     if face.file == _BITMAP:
         return _letter_bitmap(text, size)
-    font = _font(face, size)
-    ascent, descent = font.getmetrics()
-    # Kerning moves a character by less than a pixel: it is left out of the centres, and so is no text's own work.
+    ascent, descent = _metrics(face, size)
+    mask = Image.new("L", (max(1, round(text_width(text, face, size)) + 1), ascent + descent))
     end, centres = 0.0, []
     for character in text:
-        advance = _advance(character, face, size)
+        glyph, advance = _glyph(character, face, size)
+        mask.paste(255, (round(end) - _margin(size), 0), glyph)
         centres.append(end + advance / 2)
         end += advance
-    mask = Image.new("L", (max(1, round(end) + 1), ascent + descent))
-    ImageDraw.Draw(mask).text((0, 0), text, font=font, fill=255)
     return Lettering(mask, tuple(centres), ascent - 0.27 * size)
 
 
-@lru_cache(maxsize=50_000)
-def _advance(character: str, face: Face, size: int) -> float:
-    return _font(face, size).getlength(character)
+def text_width(text: str, face: Face, size: int) -> float:
+    """Return the width of a text in pixels, without rendering it. Characters do not move closer in pairs."""
+    if face.file == _BITMAP:
+        return _BITMAP_WIDTH * len(text) * size / _BITMAP_HEIGHT
+    return sum(_glyph(character, face, size)[1] for character in text)
 
 
+@lru_cache(maxsize=1024)
+def _metrics(face: Face, size: int) -> tuple[int, int]:
+    return _font(face, size).getmetrics()
+
+
+def _margin(size: int) -> int:
+    return size // 3  # for what a slanted letter reaches beyond its own room
+
+
+@lru_cache(maxsize=100_000)
+def _glyph(character: str, face: Face, size: int) -> tuple[Image.Image, float]:
+    """Return a character's ink, with a margin on either side, and its advance in pixels."""
+    font = _font(face, size)
+    advance = font.getlength(character)
+    ascent, descent = font.getmetrics()
+    mask = Image.new("L", (int(advance) + 1 + 2 * _margin(size), ascent + descent))
+    ImageDraw.Draw(mask).text((_margin(size), 0), character, font=font, fill=255)
+    return mask, advance
+
+
+@lru_cache(maxsize=10_000)
 def _letter_bitmap(text: str, size: int) -> Lettering:
     font = ImageFont.load_default_imagefont()
-    left, _, right, _ = font.getbbox(text)
-    mask = Image.new("1", (max(1, int(right - left)), _BITMAP_HEIGHT))
+    mask = Image.new("1", (max(1, _BITMAP_WIDTH * len(text)), _BITMAP_HEIGHT))
     ImageDraw.Draw(mask).text((0, 0), text, font=font, fill=1)
     width = max(1, round(mask.width * size / _BITMAP_HEIGHT))
     filtered = Image.Resampling.NEAREST if size % _BITMAP_HEIGHT == 0 else Image.Resampling.BILINEAR

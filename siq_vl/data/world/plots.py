@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from siq_vl.data.world.canvas import RGB, Drawn, Letter, Region
+from siq_vl.data.world.canvas import RGB, Drawn, Letter, Region, bare
 from siq_vl.data.world.figure import NATIVE, Look
 
 if TYPE_CHECKING:
@@ -131,4 +131,4 @@ def _remember(text, facts: tuple[str, ...], height: int, letters: list[Letter], 
     advance = (right - left) / max(1, len(written))
     for index, character in enumerate(written):
         letters.append(Letter(character, left + (index + 0.5) * advance, 0.55 * bottom + 0.45 * top, word))
-    regions.append(Region((left, top, right, bottom), seen=(written,), facts=facts))
+    regions.append(Region((left, top, right, bottom), seen=(bare(written),), facts=facts))

@@ -3,7 +3,7 @@
 from random import Random
 
 from siq_vl.data.world.canvas import RGB, Box, Canvas, Drawn, finish
-from siq_vl.data.world.fonts import CHARACTERS, FACES, Face, letter
+from siq_vl.data.world.fonts import CHARACTERS, FACES, Face, text_width
 from siq_vl.data.world.lexicon import NUMBERS, WORDS
 
 _READ = tuple(word for word in WORDS if word not in NUMBERS)
@@ -61,7 +61,7 @@ def scattered(
         text = rng.choice(words) if words else word(rng)
         size = round(scale * rng.uniform(8.5, largest))
         face = rng.choice(chosen)
-        wide = letter(text, face, size).mask.width
+        wide = text_width(text, face, size)
         if wide > width or size > height:
             continue
         x, y = rng.uniform(0, width - wide), rng.uniform(size / 2, height - size / 2)
