@@ -25,8 +25,9 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from siq_vl.data.world import dataset as world
 from siq_vl.data.world.scatter import scattered
-from siq_vl.pretraining import captions, loop, reading, reading_accuracy, text, vision
+from siq_vl.pretraining import captions, loop, reading, reading_accuracy, text, vision, world_text
 from siq_vl.pretraining.gates import failures, gate_accuracies
 from siq_vl.pretraining.tokenizer import train_tokenizer
 
@@ -63,6 +64,32 @@ def train_text(options: argparse.Namespace, device: torch.device) -> None:
     loop.run(model, losses_at, options.work / "text", steps=options.steps, learning_rate=options.learning_rate)
 
 
+def train_world_text(options: argparse.Namespace, device: torch.device) -> None:
+    """Train a language model on the text of the drawn world, then check its gates."""
+    folder = options.work / "world_tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        train_tokenizer(world_text.corpus()).save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    model = text.language_model(tokenizer).to(device)
+    batch_at = world_text.WorldTextBatches(
+        tokenizer,
+        options.batch_size,
+        options.seed,
+        look_up_steps=world_text.LOOK_UP_STEPS,
+        calculation_steps=world_text.CALCULATION_STEPS,
+    )
+
+    def losses_at(step: int) -> loop.Losses:
+        return {"text": model(**{name: tensor.to(device) for name, tensor in batch_at(step).items()}).loss}
+
+    loop.run(model, losses_at, options.work / "world_text", steps=options.steps, learning_rate=options.learning_rate)
+    accuracies = gate_accuracies(model, tokenizer, options.count, sample=world.sample)
+    (options.work / "world_text" / "gates.json").write_text(json.dumps(accuracies, indent=2) + "\n")
+    for name, row in accuracies.items():
+        logger.info("%-24s direct %.2f  steps %.2f  (%d)", name, row["direct"], row["steps"], row["questions"])
+    logger.info("gates missed: %s", "; ".join(failures(accuracies)) or "none")
+
+
 def train_vision(options: argparse.Namespace, device: torch.device) -> None:
     """Train the vision tower on the words of each cell."""
     words = vision.figure_words()
@@ -95,11 +122,16 @@ def train_letters(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def train_world(options: argparse.Namespace, device: torch.device) -> None:
-    """Train the tower that reads on the whole drawn world, at its full size: characters, words, and facts."""
+    """Train the tower that reads on the whole drawn world, at its full size: characters, words, and facts.
+
+    It begins with what phase `letters` has reached in the same `--work` folder, or else with `backbones/`.
+    """
     module = reading.ReadingTower(reading.SIDE)
-    if not (options.work / "world" / "state.pt").exists():
-        reached = options.work / "letters" / "state.pt"
-        reading.load_smaller(module, torch.load(reached, weights_only=True)["module"])
+    letters = options.work / "letters" / "state.pt"
+    if letters.exists():
+        reading.load_smaller(module, torch.load(letters, weights_only=True)["module"])
+    else:
+        module = reading.load_reading_tower(options.backbones / "siglip2-reading")
     module.to(device)
     size = options.batch_size
 
@@ -115,7 +147,7 @@ def export_tower(options: argparse.Namespace, device: torch.device) -> None:
     side = {"letters": reading.SMALL_SIDE, "world": reading.SIDE}[options.reached]
     module = load_module(options.work / options.reached, reading.ReadingTower(side)).to(device).eval()
     folder = options.backbones / "siglip2-reading"
-    module.tower.save_pretrained(folder)
+    reading.save_reading_tower(module, folder)
     vision.image_processor(side).save_pretrained(folder)
     lines = (options.work / options.reached / "log.jsonl").read_text().splitlines()
     read = reading_accuracy.measured(module, options.count, options.font)
@@ -209,6 +241,7 @@ PHASES = {
     "text": (train_text, {"steps": 2400, "batch_size": 32, "learning_rate": 1.5e-3}),
     "vision": (train_vision, {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3}),
     "captions": (train_captions, {"steps": 1200, "batch_size": 16, "learning_rate": 1.5e-3}),
+    "world_text": (train_world_text, {"steps": 4000, "batch_size": 32, "learning_rate": 1.5e-3}),
     "letters": (train_letters, {"steps": 3000, "batch_size": 16, "learning_rate": 1.5e-3}),
     "world": (train_world, {"steps": 20000, "batch_size": 16, "learning_rate": 1.5e-3}),
     "export": (export, {}),

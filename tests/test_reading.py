@@ -1,14 +1,17 @@
 """Stage 0 of the tower that reads: its labels, losses and optimiser, and that a run goes on where it was stopped."""
 
 import json
+import re
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from siq_vl.data.world import dataset as world
 from siq_vl.data.world.canvas import Canvas, Drawn
+from siq_vl.data.world.figure import NOT_SHOWN
 from siq_vl.data.world.fonts import FACES
-from siq_vl.pretraining import loop, reading
+from siq_vl.pretraining import gates, loop, reading, world_text
 from siq_vl.pretraining.reading_accuracy import CHANGES, fact_accuracy, reading_accuracy, strewn
 
 SIDE = 32
@@ -66,7 +69,7 @@ def test_muon_has_the_layers_matrices_and_adamw_the_rest(small):
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(small, tmp_path):
     begun = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-    pictures = [lettered(text) for text in ("Jan 1", "Feb 2", "Mar 3", "Apr 4", "May 5", "Jun 6")]
+    pictures = [lettered(text) for text in ("Jan 1", "Feb 2", "Mar 3", "Apr 4")]
 
     def train(folder: str, *counts: int) -> dict:
         small.load_state_dict(begun)
@@ -79,16 +82,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(small, tmp_path):
                 learning_rate=1.0,
                 optimizer=reading.MuonAndAdamW(small),
                 factor_at=lambda step, steps, warmup: 1 / (1 + step),
-                save_every=3,
-                log_every=3,
+                save_every=2,
+                log_every=2,
             )
         return {name: tensor.clone() for name, tensor in small.state_dict().items()}
 
-    unbroken, resumed = train("unbroken", 6), train("resumed", 3, 6)
+    unbroken, resumed = train("unbroken", 4), train("resumed", 2, 4)
     for name, tensor in unbroken.items():
         torch.testing.assert_close(tensor, resumed[name], rtol=0, atol=0)
     steps = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "log.jsonl").read_text().splitlines()]
-    assert steps == [3, 6]
+    assert steps == [2, 4]
 
 
 def test_the_rate_is_steady_and_falls_at_the_end():
@@ -107,6 +110,14 @@ def test_a_tower_for_small_pictures_begins_one_for_larger(small):
         # The corners stay where they are.
         assert torch.allclose(own[name][0], parameter[0], atol=1e-5)
         assert torch.allclose(own[name][-1], parameter[-1], atol=1e-5)
+
+
+def test_a_written_tower_goes_on_with_its_heads(small, tmp_path):
+    reading.save_reading_tower(small.eval(), tmp_path)
+    read = reading.load_reading_tower(tmp_path).eval()
+    pixels = reading.pixel_batch([lettered()])
+    for name, logits in small(pixels).items():
+        assert torch.equal(read(pixels)[name], logits)
 
 
 def test_what_is_read_is_counted(small):
@@ -144,3 +155,33 @@ def test_a_change_takes_the_letters_with_it(name):
         box = (round(one.x) - 4, round(one.y) - 4, round(one.x) + 5, round(one.y) + 5)
         low, high = changed.image.convert("L").crop(box).getextrema()
         assert max(abs(low - background), abs(high - background)) > 30
+
+
+def test_drills_of_the_worlds_text_tell_the_truth():
+    for index in range(60):
+        (listed, _), *pieces = world_text.look_up_drill("train", index, 0)
+        pairs = [tuple(pair.split()) for pair in listed.removeprefix("pairs: ").rstrip(".").split(", ")]
+        for (known, learnt), (found, supervised) in zip(pieces[0::2], pieces[1::2], strict=True):
+            assert (learnt, supervised) == (False, True)
+            followed = {found for key, found in pairs if key == known} | {key for key, found in pairs if found == known}
+            assert found.rstrip(".") in (followed or {NOT_SHOWN})
+        for (asked, _), (answer, _) in zip(*[iter(world_text.calculation_drill("train", index, 0))] * 2, strict=True):
+            if match := re.fullmatch(r"(\d+) ([+-]) (\d+) =", asked):
+                left, right = int(match[1]), int(match[3])
+                assert int(answer.rstrip(".")) == (left + right if match[2] == "+" else left - right)
+
+
+def test_the_worlds_conversations_come_from_the_split():
+    for index in range(30):
+        user, response = world_text.conversation("train", index, seed=5)
+        told = world.sample("train", index, seed=5)
+        assert user.startswith(told.figure.caption + "\n")
+        if response.startswith("<think>"):
+            assert re.fullmatch(r"<think>.+</think><answer>.+</answer>", response)
+            assert user.endswith("step by step.")
+
+
+def test_gates_can_be_asked_of_the_world():
+    asked = gates._described_questions(2, world.sample)
+    assert {"scenes/color", "charts/sum", "documents/text"} <= set(asked)
+    assert all(len(rows) <= 2 for rows in asked.values())

@@ -7,10 +7,12 @@ to, are learnt on top.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -89,6 +91,25 @@ def load_smaller(module: ReadingTower, state: dict[str, torch.Tensor]) -> None:
             grid = nn.functional.interpolate(grid, size=(large, large), mode="bicubic", align_corners=True)
             state[name] = grid.reshape(tensor.shape[1], -1).T.contiguous()
     module.load_state_dict(state)
+
+
+def save_reading_tower(module: ReadingTower, folder: Path) -> None:
+    """Write the tower as transformers does, and beside it its heads, with which its training can go on."""
+    module.tower.save_pretrained(folder)
+    save_model(nn.ModuleDict(_heads(module)), str(folder / "heads.safetensors"))
+
+
+def load_reading_tower(folder: Path) -> ReadingTower:
+    """Return the tower and the heads of `save_reading_tower`."""
+    tower = SiglipVisionModel.from_pretrained(folder)
+    module = ReadingTower(tower.config.image_size)
+    module.tower.load_state_dict(tower.state_dict())
+    load_model(nn.ModuleDict(_heads(module)), str(folder / "heads.safetensors"))
+    return module
+
+
+def _heads(module: ReadingTower) -> dict[str, nn.Module]:
+    return {"letters": module.letters, "seen": module.seen, "facts": module.facts}
 
 
 def pixel_batch(pictures: Sequence[Drawn]) -> torch.Tensor:

@@ -273,7 +273,7 @@ def draw_pie(entries: Entries, title: str, look: Look, rng: Random) -> Canvas:
     canvas, size = page.canvas, _letter_size(page, rng)
     left, _, right, bottom = page.area
     start = _title(page, title, size, rng)
-    percent = "%" if rng.random() < 0.3 else ""
+    percent = "%" if sum(value for _, value in entries) == 100 and rng.random() < 0.8 else ""
     described = [f"{label} {value}{percent}" for label, value in entries]
     layout = rng.choice(("around", "legend", "legend"))
     width, height = right - left, bottom - start

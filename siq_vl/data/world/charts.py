@@ -1,6 +1,6 @@
 """Charts: columns, rows, lines, pies and stacks over labels of many sorts. Mirrors ChartQA's questions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import ClassVar, Self
 
@@ -161,6 +161,19 @@ class PieChart(Chart):
     most: ClassVar[int] = 5
     room: ClassVar[int] = 24
     always_printed: ClassVar[bool] = True
+
+    @classmethod
+    def sample(cls, rng: Random) -> Self:
+        drawn = super().sample(rng)
+        if rng.random() < 0.5:
+            return drawn
+        # Shares of a hundred: the parts between cuts, drawn again until they differ.
+        while True:
+            cuts = sorted(rng.sample(range(3, 98), len(drawn.entries) - 1))
+            parts = [right - left for left, right in zip([0, *cuts], [*cuts, 100], strict=True)]
+            if len(set(parts)) == len(parts):
+                entries = tuple((label, part) for (label, _), part in zip(drawn.entries, parts, strict=True))
+                return replace(drawn, entries=entries, top=100)
 
     def _draw(self, look: Look, rng: Random) -> Canvas:
         return draw_pie(self.entries, self.title, look, rng)

@@ -22,7 +22,6 @@ PLACES = (
     "left", "center", "right",
     "bottom-left", "bottom", "bottom-right",
 )  # fmt: skip
-SIZES = ("small", "large")
 
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -60,14 +59,15 @@ BOOK_WORDS = (
     "Summer", "Desert", "Castle", "Mirror", "Letter", "Harbor", "Window",
 )  # fmt: skip
 FIELDS = ("Name", "City", "Age", "Sport", "Pet", "Country", "Room", "Seat", "Day", "Month")
+KEYS = ("title", "shop", "cover", "author", "year")  # of facts, where the picture prints only the value
 LETTERS = tuple("ABCDEFGHJKLMNPRSTUVWXYZ")
 
 NUMBERS = tuple(str(number) for number in range(101))
 WORDS = tuple(
     dict.fromkeys(
         (
-            *COLORS, *OBJECTS, *PLACES, *SIZES, *MONTHS, *DAYS, *YEARS, *NAMES, *CITIES, *COUNTRIES, *ITEMS, *ANIMALS,
-            *SPORTS, *VEHICLES, *TITLES, *SHOPS, *SIGNS, *BOOK_WORDS, *FIELDS, *LETTERS, *NUMBERS,
+            *COLORS, *OBJECTS, *PLACES, *MONTHS, *DAYS, *YEARS, *NAMES, *CITIES, *COUNTRIES, *ITEMS, *ANIMALS,
+            *SPORTS, *VEHICLES, *TITLES, *SHOPS, *SIGNS, *BOOK_WORDS, *FIELDS, *KEYS, *LETTERS, *NUMBERS,
         )
     )
 )  # fmt: skip

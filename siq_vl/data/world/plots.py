@@ -66,6 +66,8 @@ def plot(chart: "Chart", look: Look, rng: Random) -> tuple[Drawn, RGB]:
         regions: list[Region] = []
         for text, facts in texts:
             _remember(text, facts, image.height, letters, regions)
+        for text in _numbers(axes, chart, {text for text, _ in texts}):
+            _remember(text, (), image.height, letters, regions)
         for patch, facts in _bodies(axes, chart):
             regions.append(Region(_flipped(patch.get_window_extent(canvas.get_renderer()), image.height), facts=facts))
     background = image.getpixel((0, 0))
@@ -109,6 +111,15 @@ def _draw(axes, chart: "Chart", rng: Random) -> list[tuple]:
         axes.set_xlim(-0.6, len(values) - 0.4)
         ticks = axes.get_xticklabels()
     return [*zip(ticks, facts, strict=True), *(zip(printed, facts, strict=True) if chart.printed else ())]
+
+
+def _numbers(axes, chart: "Chart", known: set) -> list:
+    """Return the numbers along the value axis: the axes' labels that are not `known`, inside the axis's ends."""
+    if chart.kind == "pie":
+        return []
+    axis, (low, high) = (axes.xaxis, axes.get_xlim()) if chart.kind == "rows" else (axes.yaxis, axes.get_ylim())
+    ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+    return [text for at, text in ticks if low <= at <= high and text not in known]
 
 
 def _bodies(axes, chart: "Chart") -> list[tuple]:
