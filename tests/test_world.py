@@ -64,6 +64,15 @@ def test_splits_are_disjoint_by_content(split):
     assert {content_split(each.figure) for each in made(split, 200) if each.figure.domain != "nothing"} == {split}
 
 
+@pytest.mark.parametrize("hard", [None, False, True])
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_split_has_samples_of_either_sort(split, hard):
+    for index in range(12):
+        drawn = sample(split, index, hard=hard, seed=9)
+        assert drawn.drawn.image.mode == "RGB"
+        assert hard is None or drawn.hard == hard
+
+
 def test_neither_order_nor_drawing_moves_a_content_to_another_split():
     for each in made("train", 400, domain="charts", hard=False):
         figure = each.figure
@@ -286,6 +295,7 @@ def test_colours_survive_where_they_are_asked_for():
         ({"domain": "maps"}, "domain is 'maps'; it must be one of scenes"),
         ({"look": "blue"}, "look is 'blue'; it must be one of trained"),
         ({"domain": "scenes", "hard": True}, "'scenes', which has no hard samples"),
+        ({"split": "combinations", "domain": "documents", "hard": True}, "'combinations' has no hard documents"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):

@@ -134,8 +134,8 @@ def measured(
         fonts: paths of further fonts to read, TrueType.
 
     Returns:
-        By table and row: `faces` and `changes` of strewn words and numbers of the lexicon, clean; `facts` of the test
-        split's figures, by domain and look.
+        By table and row: `faces` and `changes` of strewn words and numbers of the lexicon; `changed facts` of the test
+        split's figures under the same changes, and `facts` by domain and look.
     """
     side = module.side
     faces = {}
@@ -145,11 +145,12 @@ def measured(
     for path in fonts:
         face = Face("foreign", str(Path(path).absolute()))
         faces[Path(path).name] = reading_accuracy(module, strewn(side, count, "faces", words=WORDS, faces=(face,)))
-    changes = {}
+    changes, changed_facts = {}, {}
     pictures = strewn(side, count, "changes", words=WORDS)
+    figures = [sample("test", index, seed=-1, hard=False).drawn.resized(side, side) for index in range(count)]
     for name, change in CHANGES.items():
-        changed = [change(picture).resized(side, side) for picture in pictures]
-        changes[name] = reading_accuracy(module, changed)
+        changes[name] = reading_accuracy(module, [change(picture).resized(side, side) for picture in pictures])
+        changed_facts[name] = fact_accuracy(module, [change(picture).resized(side, side) for picture in figures])
     facts = {}
     for look in ("trained", "fonts", "styles", "matplotlib", "matplotlib styles"):
         for domain in DOMAINS if look in ("trained", "fonts") else ("charts",):
@@ -159,4 +160,4 @@ def measured(
                 ]
                 name = f"{domain}{', values off the axis' if hard else ''}, {look}"
                 facts[name] = fact_accuracy(module, [each.drawn.resized(side, side) for each in samples])
-    return {"faces": faces, "changes": changes, "facts": facts}
+    return {"faces": faces, "changes": changes, "changed facts": changed_facts, "facts": facts}

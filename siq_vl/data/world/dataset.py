@@ -112,10 +112,14 @@ def sample(
         raise ValueError(f"domain is {domain!r}; it must be one of {', '.join(DOMAINS)}, nothing")
     if hard and domain in ("scenes", "nothing"):
         raise ValueError(f"domain is {domain!r}, which has no hard samples; use 'charts' or 'documents', or hard=False")
+    if hard and split == "combinations" and domain == "documents":
+        raise ValueError("split 'combinations' has no hard documents; use domain 'charts', or hard=False")
     name = f"{split}/{seed}/{domain or 'any'}/{index}"
     rng = Random(name)
     if domain is None:
-        turns = ("charts", "documents") if hard else tuple(DOMAINS)
+        turns: tuple[str, ...] = tuple(DOMAINS)
+        if hard:
+            turns = ("charts",) if split == "combinations" else ("charts", "documents")
         domain = "nothing" if not hard and rng.random() < _NOTHING_SHARE else turns[index % len(turns)]
     if domain == "nothing":
         return _nothing(split, name, rng, LOOKS[look])
