@@ -70,87 +70,124 @@ def _axis_tone(page: Page) -> RGB:
     return red, green, blue
 
 
+@dataclass
+class _Bars:
+    """A chart of bars before its bars are drawn.
+
+    Attributes:
+        page: what it is drawn on.
+        upright: columns, or else rows.
+        where: the values are written: at the bars' `"end"`, `"inside"`, beside the `"label"`, or `"none"`.
+        plot: room between the axes.
+        slot: width of one bar and its gap, in pixels.
+        size: of the labels' letters, in pixels.
+        value_size: of the values' and the axis's.
+        style: one of `BAR_STYLES` or `UNSEEN_BAR_STYLES`.
+    """
+
+    page: Page
+    upright: bool
+    where: str
+    plot: _Plot
+    slot: float
+    size: int
+    value_size: int
+    style: str = ""
+
+
 def draw_bars(
     entries: Entries, top: int, printed: bool, title: str, look: Look, rng: Random, *, upright: bool
 ) -> Canvas:
     """Draw bars, upright or lying; see `charts.Chart` for the arguments."""
     page = blank(look, rng)
     size = _letter_size(page, rng)
-    left, _, right, bottom = page.area
     start = _title(page, title, size, rng)
-    labels = [label for label, _ in entries]
     with_axis = not printed or rng.random() < 0.35
     grid = with_axis and rng.random() < (0.85 if not printed else 0.5)
     where = rng.choice(("end", "end", "end", "inside", "label")) if printed else "none"
-    value_size = max(round(0.85 * size), round(_SMALLEST * page.unit))
-    if upright:
-        axis_room = text_width(str(top), page.face, value_size) + 3 * page.unit if with_axis else 2
-        slot = (right - left - axis_room) / len(entries)
-        size = fitting(labels, 0.96 * slot, page, size)
-        label_room = 1.2 * size * (2 if where == "label" else 1)
-        head = 1.15 * value_size if where == "end" else 0.5 * value_size
-        plot = _Plot(left + axis_room, start + head, right, bottom - label_room - 2 * page.unit)
-    else:
-        label_room = max(
-            text_width(label, page.face, fitting(labels, 0.42 * (right - left), page, size)) for label in labels
-        )
-        size = fitting(labels, 0.42 * (right - left), page, size)
-        if where == "label":
-            label_room += text_width(f" {top}", page.face, size)
-        tail = text_width(str(top), page.face, value_size) + 4 * page.unit if where == "end" else 0.5 * value_size
-        foot = 1.3 * value_size if with_axis else 2
-        plot = _Plot(left + label_room + 4 * page.unit, start + 2, right - tail, bottom - foot)
-        slot = (plot.bottom - plot.top) / len(entries)
-        size = min(size, max(6, round(0.95 * slot)))
-        value_size = min(value_size, size)
-    _axis(page, plot, top, value_size, rng, upright=upright, numbers=with_axis, grid=grid)
-    styles = UNSEEN_BAR_STYLES if look.charts == "unseen" else BAR_STYLES
-    style = rng.choice(styles)
-    share = {"thin": 0.3, "joined": 1.0, "lollipop": 0.34}.get(style, rng.uniform(0.45, 0.85))
+    lay_out = _columns if upright else _rows
+    bars = lay_out(page, start, [label for label, _ in entries], top, where, with_axis, size)
+    plot = bars.plot
+    _axis(page, plot, top, bars.value_size, rng, upright=upright, numbers=with_axis, grid=grid)
+    bars.style = rng.choice(UNSEEN_BAR_STYLES if look.charts == "unseen" else BAR_STYLES)
+    share = {"thin": 0.3, "joined": 1.0, "lollipop": 0.34}.get(bars.style, rng.uniform(0.45, 0.85))
     if where == "inside":
         share = max(share, 0.75)
     fills = palette(rng, len(entries), page.canvas.background)
-    span = (plot.bottom - plot.top) if upright else (plot.right - plot.left)
+    half = 0.5 * share * bars.slot
     for index, ((label, value), fill) in enumerate(zip(entries, fills, strict=True)):
-        fact = (label, str(value))
-        length = span * value / top
-        centre = (plot.left if upright else plot.top) + (index + 0.5) * slot
-        half = 0.5 * share * slot
+        centre = (plot.left if upright else plot.top) + (index + 0.5) * bars.slot
         if upright:
-            box = (centre - half, plot.bottom - length, centre + half, plot.bottom)
+            box = (centre - half, plot.bottom - (plot.bottom - plot.top) * value / top, centre + half, plot.bottom)
         else:
-            box = (plot.left, centre - half, plot.left + length, centre + half)
-        page.canvas.mark(box, facts=fact)
-        reached = _bar(page, box, fill, style, upright)
-        _label_bar(page, plot, reached, centre, label, value, where, size, value_size, fill, style, upright)
+            box = (plot.left, centre - half, plot.left + (plot.right - plot.left) * value / top, centre + half)
+        page.canvas.mark(box, facts=(label, str(value)))
+        reached = _bar(page, box, fill, bars.style, upright)
+        _write_label(bars, centre, label, value)
+        if where in ("end", "inside"):
+            _write_value(bars, reached, centre, label, value, fill)
     return page.canvas
 
 
-def _label_bar(
-    page: Page, plot: _Plot, box: Box, centre: float, label: str, value: int, where: str,
-    size: int, value_size: int, fill: RGB, style: str, upright: bool,
-) -> None:  # fmt: skip
-    """Write a bar's label beside the axis, and its value where the chart has it."""
-    fact = (label, str(value))
-    write, face, ink, text = page.canvas.write, page.face, page.ink, str(value)
+def _columns(page: Page, start: float, labels: list[str], top: int, where: str, with_axis: bool, size: int) -> _Bars:
+    """Share out the room below `start` among upright bars, the axis left of them and the labels under them."""
+    left, _, right, bottom = page.area
+    value_size = max(round(0.85 * size), round(_SMALLEST * page.unit))
+    axis_room = text_width(str(top), page.face, value_size) + 3 * page.unit if with_axis else 2
+    slot = (right - left - axis_room) / len(labels)
+    size = fitting(labels, 0.96 * slot, page, size)
+    label_room = 1.2 * size * (2 if where == "label" else 1)
+    head = 1.15 * value_size if where == "end" else 0.5 * value_size
+    plot = _Plot(left + axis_room, start + head, right, bottom - label_room - 2 * page.unit)
+    return _Bars(page, True, where, plot, slot, size, value_size)
+
+
+def _rows(page: Page, start: float, labels: list[str], top: int, where: str, with_axis: bool, size: int) -> _Bars:
+    """Share out the room below `start` among lying bars, the labels left of them and the axis under them."""
+    left, _, right, bottom = page.area
+    value_size = max(round(0.85 * size), round(_SMALLEST * page.unit))
+    size = fitting(labels, 0.42 * (right - left), page, size)
+    label_room = max(text_width(label, page.face, size) for label in labels)
+    if where == "label":
+        label_room += text_width(f" {top}", page.face, size)
+    tail = text_width(str(top), page.face, value_size) + 4 * page.unit if where == "end" else 0.5 * value_size
+    foot = 1.3 * value_size if with_axis else 2
+    plot = _Plot(left + label_room + 4 * page.unit, start + 2, right - tail, bottom - foot)
+    slot = (plot.bottom - plot.top) / len(labels)
+    size = min(size, max(6, round(0.95 * slot)))
+    return _Bars(page, False, where, plot, slot, size, min(value_size, size))
+
+
+def _write_label(bars: _Bars, centre: float, label: str, value: int) -> None:
+    """Write a bar's label at the axis, and the value beside it where the chart has it there."""
+    page, size, fact = bars.page, bars.size, (label, str(value))
     gap = 2.5 * page.unit
-    if upright:
-        write(centre, plot.bottom + gap + 0.55 * size, label, face, size, ink, align=0.5, facts=fact)
-        if where == "label":
-            write(centre, plot.bottom + gap + 1.7 * size, text, face, size, ink, align=0.5, facts=fact)
-        room = box[3] - box[1] > 1.2 * value_size and style not in ("hollow", "lollipop", "striped")
-        if where == "inside" and room and text_width(text, page.face, value_size) < box[2] - box[0]:
-            write(centre, box[1] + 0.75 * value_size, text, face, value_size, ink_on(fill), align=0.5, facts=fact)
-        elif where in ("end", "inside"):
-            write(centre, box[1] - 0.55 * value_size - gap / 2, text, face, value_size, ink, align=0.5, facts=fact)
+    if not bars.upright:
+        described = f"{label} {value}" if bars.where == "label" else label
+        page.canvas.write(bars.plot.left - gap, centre, described, page.face, size, page.ink, align=1.0, facts=fact)
         return
-    described = f"{label} {text}" if where == "label" else label
-    write(plot.left - gap, centre, described, face, size, ink, align=1.0, facts=fact)
-    wide = text_width(text, page.face, value_size)
-    if where == "inside" and box[2] - box[0] > wide + gap and style not in ("hollow", "lollipop", "striped"):
-        write(box[2] - gap / 2, centre, text, face, value_size, ink_on(fill), align=1.0, facts=fact)
-    elif where in ("end", "inside"):
-        write(box[2] + gap, centre, text, face, value_size, ink, facts=fact)
+    y = bars.plot.bottom + gap + 0.55 * size
+    page.canvas.write(centre, y, label, page.face, size, page.ink, align=0.5, facts=fact)
+    if bars.where == "label":
+        y = bars.plot.bottom + gap + 1.7 * size
+        page.canvas.write(centre, y, str(value), page.face, size, page.ink, align=0.5, facts=fact)
+
+
+def _write_value(bars: _Bars, box: Box, centre: float, label: str, value: int, fill: RGB) -> None:
+    """Write a value inside its bar, where the chart has it there and the bar is wide enough, or else past its end."""
+    page, size, text, fact = bars.page, bars.value_size, str(value), (label, str(value))
+    gap = 2.5 * page.unit
+    wide, high = text_width(text, page.face, size), 1.2 * size
+    inside = bars.where == "inside" and bars.style not in ("hollow", "lollipop", "striped")
+    if bars.upright:
+        inside = inside and box[3] - box[1] > high and wide < box[2] - box[0]
+        y = box[1] + 0.75 * size if inside else box[1] - 0.55 * size - gap / 2
+        ink = ink_on(fill) if inside else page.ink
+        page.canvas.write(centre, y, text, page.face, size, ink, align=0.5, facts=fact)
+    elif inside and box[2] - box[0] > wide + gap:
+        page.canvas.write(box[2] - gap / 2, centre, text, page.face, size, ink_on(fill), align=1.0, facts=fact)
+    else:
+        page.canvas.write(box[2] + gap, centre, text, page.face, size, page.ink, facts=fact)
 
 
 def _axis(
@@ -267,74 +304,86 @@ def _marker(page: Page, x: float, y: float, radius: float, fill: RGB, style: str
         pen.polygon([(x, y - reach), (x + reach, y), (x, y + reach), (x - reach, y)], fill=fill)
 
 
+@dataclass
+class _Pie:
+    """Where a pie lies, in pixels, how large its letters are, and the corner of its legend where it has one."""
+
+    x: float
+    y: float
+    radius: float
+    size: int
+    legend: tuple[float, float] | None
+
+
 def draw_pie(entries: Entries, title: str, look: Look, rng: Random) -> Canvas:
     """Draw slices; see `charts.Chart` for the arguments."""
     page = blank(look, rng)
     canvas, size = page.canvas, _letter_size(page, rng)
-    left, _, right, bottom = page.area
     start = _title(page, title, size, rng)
-    percent = "%" if sum(value for _, value in entries) == 100 and rng.random() < 0.8 else ""
+    whole = sum(value for _, value in entries)
+    percent = "%" if whole == 100 and rng.random() < 0.8 else ""
     described = [f"{label} {value}{percent}" for label, value in entries]
-    layout = rng.choice(("around", "legend", "legend"))
-    width, height = right - left, bottom - start
-    if layout == "around":
-        # Label over value, beside the slice's middle.
-        texts = [label for label, _ in entries]
-        size = fitting(texts, 0.28 * width, page, size)
-        wide = max(text_width(text, page.face, size) for text in texts)
-        radius = max(0.18 * min(width, height), min(0.5 * width - wide - 2 * page.unit, 0.5 * height - 2.2 * size))
-        x, y = (left + right) / 2, (start + bottom) / 2
-    elif width > 0.9 * height:
-        size = min(fitting(described, 0.5 * width, page, size), max(6, round(0.9 * height / len(entries))))
-        wide = max(text_width(text, page.face, size) for text in described) + 1.2 * size
-        radius = max(0.14 * width, min(0.5 * height, 0.5 * (width - wide) - 2 * page.unit))
-        x, y = (left + radius, (start + bottom) / 2)
+    if rng.choice(("around", "legend", "legend")) == "around":
+        pie = _pie_with_labels_around(page, start, [label for label, _ in entries], size)
     else:
-        size = fitting(described, 0.8 * width, page, size)
-        high = 1.25 * size * len(entries)
-        radius = max(0.14 * height, min(0.5 * width, 0.5 * (height - high) - 2 * page.unit))
-        x, y = (left + right) / 2, start + radius
+        pie = _pie_with_legend(page, start, described, size)
     fills = _slice_fills(page, len(entries), rng)
     style = rng.choice(UNSEEN_PIE_STYLES if look.charts == "unseen" else PIE_STYLES)
+    edge = {"plain": None, "ring": None, "outlined": page.ink, "gaps": canvas.background}[style]
+    box = (pie.x - pie.radius, pie.y - pie.radius, pie.x + pie.radius, pie.y + pie.radius)
     angle = rng.uniform(0, 360)
-    whole = sum(value for _, value in entries)
-    box = (x - radius, y - radius, x + radius, y + radius)
     taken: list[Box] = []
     for (label, value), fill in zip(entries, fills, strict=True):
-        fact = (label, str(value))
         turn = 360 * value / whole
-        edge = {"plain": None, "ring": None, "outlined": page.ink, "gaps": canvas.background}[style]
         canvas.pen.pieslice(box, angle, angle + turn, fill=fill, outline=edge, width=page.line)
         middle = math.radians(angle + turn / 2)
-        dx, dy = math.cos(middle), math.sin(middle)
-        inner = (x + 0.6 * radius * dx, y + 0.6 * radius * dy)
-        canvas.mark((inner[0] - 1, inner[1] - 1, inner[0] + 1, inner[1] + 1), facts=fact)
-        if layout == "around":
-            _write_around(page, (x, y), radius, (dx, dy), label, f"{value}{percent}", size, taken)
+        way = (math.cos(middle), math.sin(middle))
+        x, y = (pie.x + 0.6 * pie.radius * way[0], pie.y + 0.6 * pie.radius * way[1])
+        canvas.mark((x - 1, y - 1, x + 1, y + 1), facts=(label, str(value)))
+        if pie.legend is None:
+            _write_around(page, pie, way, label, f"{value}{percent}", taken)
         angle += turn
     if style == "ring":
-        hole = 0.5 * radius
-        canvas.pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=canvas.background)
-    if layout == "legend":
-        top = (
-            start + max(0, (height - 1.25 * size * len(entries)) / 2)
-            if width > 0.9 * height
-            else y + radius + 0.3 * size
-        )
-        edge = x + radius + 4 * page.unit if width > 0.9 * height else left
-        _legend(page, edge, top, [(text, fact, fill) for text, fact, fill in zip(described, ((label, str(value)) for label, value in entries), fills, strict=True)], size)  # fmt: skip
+        hole = 0.5 * pie.radius
+        canvas.pen.ellipse((pie.x - hole, pie.y - hole, pie.x + hole, pie.y + hole), fill=canvas.background)
+    if pie.legend is not None:
+        facts = [(label, str(value)) for label, value in entries]
+        _legend(page, *pie.legend, list(zip(described, facts, fills, strict=True)), pie.size)
     return canvas
 
 
-def _write_around(
-    page: Page, centre: tuple[float, float], radius: float, way: tuple[float, float], label: str, value: str, size: int,
-    taken: list[Box],
-) -> None:  # fmt: skip
+def _pie_with_labels_around(page: Page, start: float, labels: list[str], size: int) -> _Pie:
+    """Return a pie in the middle of the room below `start`, with room for labels over values on all sides."""
+    left, _, right, bottom = page.area
+    width, height = right - left, bottom - start
+    size = fitting(labels, 0.28 * width, page, size)
+    wide = max(text_width(label, page.face, size) for label in labels)
+    radius = max(0.18 * min(width, height), min(0.5 * width - wide - 2 * page.unit, 0.5 * height - 2.2 * size))
+    return _Pie((left + right) / 2, (start + bottom) / 2, radius, size, None)
+
+
+def _pie_with_legend(page: Page, start: float, rows: list[str], size: int) -> _Pie:
+    """Return a pie with its legend on the right, or below where the room is high."""
+    left, _, right, bottom = page.area
+    width, height = right - left, bottom - start
+    if width > 0.9 * height:
+        size = min(fitting(rows, 0.5 * width, page, size), max(6, round(0.9 * height / len(rows))))
+        wide = max(text_width(row, page.face, size) for row in rows) + 1.2 * size
+        radius = max(0.14 * width, min(0.5 * height, 0.5 * (width - wide) - 2 * page.unit))
+        top = start + max(0, (height - 1.25 * size * len(rows)) / 2)
+        return _Pie(left + radius, (start + bottom) / 2, radius, size, (left + 2 * radius + 4 * page.unit, top))
+    size = fitting(rows, 0.8 * width, page, size)
+    high = 1.25 * size * len(rows)
+    radius = max(0.14 * height, min(0.5 * width, 0.5 * (height - high) - 2 * page.unit))
+    return _Pie((left + right) / 2, start + radius, radius, size, (left, start + 2 * radius + 0.3 * size))
+
+
+def _write_around(page: Page, pie: _Pie, way: tuple[float, float], label: str, value: str, taken: list[Box]) -> None:
     """Write a slice's label over its value outside the slice, moved outwards and along where there is writing."""
-    dx, dy = way
+    (dx, dy), size = way, pie.size
     half = max(text_width(text, page.face, size) for text in (label, value)) / 2
-    x = centre[0] + (radius + half + 2 * page.unit) * dx
-    y = centre[1] + (radius + 1.1 * size) * dy
+    x = pie.x + (pie.radius + half + 2 * page.unit) * dx
+    y = pie.y + (pie.radius + 1.1 * size) * dy
     width, height = page.canvas.image.size
     x, y = min(max(x, half + 1), width - half - 1), min(max(y, 1.2 * size), height - 1.2 * size)
     for shift in (0, 1, -1, 2, -2, 3, -3):
