@@ -166,6 +166,8 @@ def run_reading(
     module: reading.ReadingTower, losses_at: Callable[[int], loop.Losses], folder: Path, options: argparse.Namespace
 ) -> None:
     """Train a tower with Muon and AdamW, at one rate that falls over the last three tenths of the steps."""
+    if options.compile:
+        module.compile()  # its weights keep their names
     loop.run(
         module,
         losses_at,
@@ -260,6 +262,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--work", type=Path, default=Path("outputs/backbones"))
     parser.add_argument("--backbones", type=Path, default=Path("backbones"))
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the tower: twice as fast on a CPU, needs a compiler"
+    )
     parser.add_argument("--reached", choices=("letters", "world"), default="world", help="phase to export the tower of")
     parser.add_argument("--count", type=int, default=200, help="pictures for each row of what an exported tower reads")
     parser.add_argument("--font", action="append", default=[], help="path of a further font that it is to read")
