@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
@@ -24,7 +25,7 @@ def gate_accuracies(
     tokenizer: PreTrainedTokenizerFast,
     count: int = 100,
     types: Collection[str] | None = None,
-    sample: Callable[..., figures.Sample] = figures.sample,
+    sample: Callable[..., Any] = figures.sample,
 ) -> dict[str, dict[str, float]]:
     """Return exact-match accuracies on unseen descriptions.
 
@@ -62,7 +63,7 @@ def failures(accuracies: dict[str, dict[str, float]]) -> list[str]:
     return found
 
 
-def _described_questions(count: int, sample: Callable[..., figures.Sample]) -> dict[str, list[Described]]:
+def _described_questions(count: int, sample: Callable[..., Any]) -> dict[str, list[Described]]:
     """Return (description, question) pairs of the test split, at most `count` for each question type."""
     found: dict[str, list[Described]] = defaultdict(list)
     for index in range(60 * count):

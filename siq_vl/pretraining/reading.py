@@ -166,7 +166,8 @@ class MuonAndAdamW:
     """Muon for the matrices of the encoder's layers and AdamW for everything else, stepped as one optimiser."""
 
     def __init__(self, module: ReadingTower) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             (matrices if ".layers." in name and parameter.ndim == 2 else others).append(parameter)
         self._muon = torch.optim.Muon(matrices, lr=_MATRIX_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")

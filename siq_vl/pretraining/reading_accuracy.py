@@ -9,7 +9,7 @@ from random import Random
 import torch
 from PIL import ImageFilter
 
-from siq_vl.data.world.canvas import Drawn, Letter, bordered, turned
+from siq_vl.data.world.canvas import RGB, Drawn, Letter, bordered, pixel, turned
 from siq_vl.data.world.dataset import DOMAINS, sample
 from siq_vl.data.world.fonts import FACES, HELD_OUT_FACES, Face
 from siq_vl.data.world.lexicon import WORDS
@@ -25,9 +25,8 @@ def _moved(pixels: int) -> Change:
     return lambda drawn: bordered(drawn, pixels, pixels, -pixels, -pixels, _corner(drawn))
 
 
-def _corner(drawn: Drawn) -> tuple[int, int, int]:
-    red, green, blue = drawn.image.getpixel((0, 0))
-    return red, green, blue
+def _corner(drawn: Drawn) -> RGB:
+    return pixel(drawn.image, 0, 0)
 
 
 def _framed(pixels: int) -> Change:

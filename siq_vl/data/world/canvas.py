@@ -145,6 +145,15 @@ def bare(word: str) -> str:
     return word.removesuffix(".00").strip(".,:%$-!?")
 
 
+def pixel(image: Image.Image, x: int, y: int) -> RGB:
+    """Return the colour of a pixel of an RGB picture."""
+    found = image.getpixel((x, y))
+    if not isinstance(found, tuple) or len(found) != 3:
+        raise ValueError(f"the picture's mode is {image.mode!r}; convert it to RGB first")
+    red, green, blue = found
+    return red, green, blue
+
+
 def finish(drawn: Drawn, rng: Random, background: RGB, *, gray: bool = True) -> Drawn:
     """Return the picture as it comes from a camera, a scanner or the web: now and then turned, blurred, noisy.
 

@@ -160,7 +160,8 @@ def _question(figure: Figure, wants_hard: bool, either: bool, rng: Random) -> Qu
     """Choose a question of the wanted sort, the unanswerable one in its share; None if the figure has none."""
     if figure.hard and not (wants_hard or either):
         return None
-    answerable, beyond = [], []
+    answerable: list[Question] = []
+    beyond: list[Question] = []
     for question in figure.questions(rng):
         (beyond if question.type == "unanswerable" else answerable).append(question)
     if rng.random() < _UNANSWERABLE_SHARE and (either or not wants_hard or figure.hard):

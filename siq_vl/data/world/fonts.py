@@ -74,6 +74,10 @@ def _font(face: Face, size: int) -> ImageFont.FreeTypeFont:
     # The basic layout: the other one depends on a library that some machines have.
     if face.file == _PILLOW:
         made = ImageFont.load_default(size)
+        if not isinstance(made, ImageFont.FreeTypeFont):
+            raise ValueError(
+                "Pillow was built without FreeType, so its default font has one size; install another build"
+            )
         return made.font_variant(layout_engine=ImageFont.Layout.BASIC)
     return ImageFont.truetype(_folder() / face.file, size, layout_engine=ImageFont.Layout.BASIC)
 

@@ -2,11 +2,11 @@
 
 import io
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from siq_vl.data.world.canvas import RGB, Drawn, Letter, Region, bare
+from siq_vl.data.world.canvas import RGB, Drawn, Letter, Region, bare, pixel
 from siq_vl.data.world.figure import NATIVE, Look
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def plot(chart: "Chart", look: Look, rng: Random) -> tuple[Drawn, RGB]:
         longest = max(len(label) for label, _ in chart.entries)
         size = max(6.0, min(size, 0.8 * width / len(chart.entries) / (0.62 * longest)))
     size *= 72 / _DPI  # points
-    settings = {
+    settings: dict[Any, Any] = {
         "font.family": rng.choice(_FAMILIES),
         "font.size": size,
         "axes.titlesize": size * 1.15,
@@ -70,8 +70,7 @@ def plot(chart: "Chart", look: Look, rng: Random) -> tuple[Drawn, RGB]:
             _remember(text, (), image.height, letters, regions)
         for patch, facts in _bodies(axes, chart):
             regions.append(Region(_flipped(patch.get_window_extent(canvas.get_renderer()), image.height), facts=facts))
-    background = image.getpixel((0, 0))
-    return Drawn(image, tuple(letters), tuple(regions)), background
+    return Drawn(image, tuple(letters), tuple(regions)), pixel(image, 0, 0)
 
 
 def _draw(axes, chart: "Chart", rng: Random) -> list[tuple]:

@@ -13,7 +13,7 @@ _TRIES = 40
 def paper_and_ink(rng: Random) -> tuple[RGB, RGB]:
     """Return a background and an ink of another brightness: mostly dark on light, a quarter the other way round."""
     while True:
-        paper, ink = (tuple(rng.randint(0, 255) for _ in range(3)) for _ in range(2))
+        paper, ink = _any_color(rng), _any_color(rng)
         if rng.random() < 0.4:
             paper = (rng.randint(235, 255),) * 3
         if rng.random() < 0.4:
@@ -21,6 +21,10 @@ def paper_and_ink(rng: Random) -> tuple[RGB, RGB]:
         brightness = [0.3 * red + 0.59 * green + 0.11 * blue for red, green, blue in (paper, ink)]
         if abs(brightness[0] - brightness[1]) > 90 and (brightness[0] > brightness[1] or rng.random() < 0.25):
             return paper, ink
+
+
+def _any_color(rng: Random) -> RGB:
+    return rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)
 
 
 def word(rng: Random) -> str:
