@@ -110,8 +110,13 @@ def _patch(letter: Letter, side: int) -> int:
 
 @torch.inference_mode()
 def fact_accuracy(module: ReadingTower, pictures: Sequence[Drawn]) -> dict[str, float]:
-    """Return the share of cells whose set of facts is read exactly, among the cells that belong to any."""
-    right = asked = 0
+    """Return how well the words of facts are read from the cells that belong to any.
+
+    Returns:
+        `cells`: the share of them whose set of words is exactly right; `recall` and `precision` of the single words in
+        them; `asked`: their number.
+    """
+    right = asked = hits = named = present = 0
     for start in range(0, len(pictures), _BATCH):
         batch = pictures[start : start + _BATCH]
         read = module(pixel_batch(batch))["facts"] > 0
@@ -119,7 +124,15 @@ def fact_accuracy(module: ReadingTower, pictures: Sequence[Drawn]) -> dict[str, 
         belongs = wanted.any(-1)
         right += int((read == wanted).all(-1)[belongs].sum())
         asked += int(belongs.sum())
-    return {"cells": right / max(1, asked), "asked": asked}
+        hits += int((read & wanted)[belongs].sum())
+        named += int(read[belongs].sum())
+        present += int(wanted[belongs].sum())
+    return {
+        "cells": right / max(1, asked),
+        "recall": hits / max(1, present),
+        "precision": hits / max(1, named),
+        "asked": asked,
+    }
 
 
 def measured(
