@@ -145,7 +145,7 @@ def train_world(options: argparse.Namespace, device: torch.device) -> None:
 def export_tower(options: argparse.Namespace, device: torch.device) -> None:
     """Write the tower that phase `letters` or `world` has reached, and what it reads."""
     side = {"letters": reading.SMALL_SIDE, "world": reading.SIDE}[options.reached]
-    module = load_module(options.work / options.reached, reading.ReadingTower(side)).to(device).eval()
+    module = load_module(options.work / options.reached, reading.ReadingTower(side)).eval()
     folder = options.backbones / "siglip2-reading"
     reading.save_reading_tower(module, folder)
     vision.image_processor(side).save_pretrained(folder)

@@ -64,6 +64,12 @@ def strewn(side: int, count: int, name: str, **options) -> list[Drawn]:
     return [scattered(Random(f"read/{name}/{index}"), side, finished=False, **options) for index in range(count)]
 
 
+def _logits(module: ReadingTower, pictures: Sequence[Drawn]) -> dict[str, torch.Tensor]:
+    """Return the module's logits, in the precision of its training."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(pixel_batch(pictures))
+
+
 @torch.inference_mode()
 def reading_accuracy(module: ReadingTower, pictures: Sequence[Drawn]) -> dict[str, float]:
     """Return the shares of characters and of words read right.
@@ -72,13 +78,13 @@ def reading_accuracy(module: ReadingTower, pictures: Sequence[Drawn]) -> dict[st
     two centres fall count as wrong in both.
 
     Args:
-        module: the tower and its heads.
+        module: the tower and its heads, on the CPU.
         pictures: of the tower's size.
     """
     characters = words = right_characters = right_words = 0
     for start in range(0, len(pictures), _BATCH):
         batch = pictures[start : start + _BATCH]
-        read = module(pixel_batch(batch))["letters"].argmax(-1)
+        read = _logits(module, batch)["letters"].argmax(-1)
         labels = label_batch(batch)["letters"]
         for picture, found, wanted in zip(batch, read, labels, strict=True):
             for letters in _words_inside(picture):
@@ -119,7 +125,7 @@ def fact_accuracy(module: ReadingTower, pictures: Sequence[Drawn]) -> dict[str, 
     right = asked = hits = named = present = 0
     for start in range(0, len(pictures), _BATCH):
         batch = pictures[start : start + _BATCH]
-        read = module(pixel_batch(batch))["facts"] > 0
+        read = _logits(module, batch)["facts"] > 0
         wanted = label_batch(batch)["facts"] > 0
         belongs = wanted.any(-1)
         right += int((read == wanted).all(-1)[belongs].sum())
