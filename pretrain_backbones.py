@@ -244,7 +244,7 @@ PHASES = {
     "vision": (train_vision, {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3}),
     "captions": (train_captions, {"steps": 1200, "batch_size": 16, "learning_rate": 1.5e-3}),
     "world_text": (train_world_text, {"steps": 4000, "batch_size": 32, "learning_rate": 1.5e-3}),
-    "letters": (train_letters, {"steps": 3000, "batch_size": 16, "learning_rate": 1.5e-3}),
+    "letters": (train_letters, {"steps": 3800, "batch_size": 16, "learning_rate": 1.5e-3}),
     "world": (train_world, {"steps": 20000, "batch_size": 16, "learning_rate": 1.5e-3}),
     "export": (export, {}),
     "export_tower": (export_tower, {}),
