@@ -16,7 +16,7 @@ demo: $(VENV)/.ready
 RECIPE ?= tiny
 STAGE ?= 1
 doctor: $(VENV)/.ready
-	$(VENV)/bin/python -m siq_vl.doctor --recipe $(RECIPE) --stage $(STAGE)
+	$(VENV)/bin/python -m siq_vl.planning.doctor --recipe $(RECIPE) --stage $(STAGE)
 
 # A page to talk to the checkpoint that the repo is: `make app`, then the address that it prints.
 app: $(VENV)/.app
@@ -25,9 +25,20 @@ app: $(VENV)/.app
 test: $(VENV)/.ready
 	$(VENV)/bin/python $(PYTEST)
 
-# The same tests, and those of what only transformers 5 has.
+# The same tests, and those of what only transformers 5 has; in a random order, which SEED decides.
+SEED ?= $(shell date +%s)
 test-v5: $(VENV5)/.ready
-	$(VENV5)/bin/python $(PYTEST)
+	$(VENV5)/bin/python $(PYTEST) --random-order --random-order-seed=$(SEED)
+
+# The same on the newest transformers 5 there is, which may be newer than requirements-v5.txt has it; all else as pinned.
+VENV_NEWEST ?= .venv-newest
+.PHONY: test-newest
+test-newest:
+	$(PYTHON) -m venv $(VENV_NEWEST)
+	sed 's/^transformers==.*/transformers>=5,<6/' requirements-v5.txt > $(VENV_NEWEST)/requirements.txt
+	$(VENV_NEWEST)/bin/python -m pip install -q --disable-pip-version-check -U -r $(VENV_NEWEST)/requirements.txt
+	$(VENV_NEWEST)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	$(VENV_NEWEST)/bin/python $(PYTEST)
 
 # The page in a headless browser, on both majors; needs Chromium (Debian: apt-get install chromium).
 test-app: $(VENV)/.app $(VENV5)/.app
@@ -51,7 +62,7 @@ TYPES := $(VENV)/types
 SCRIPTS := $(filter-out %_siq_vl.py,$(wildcard *.py))
 types: $(VENV)/.ready-dev
 	rm -rf $(TYPES) && mkdir -p $(TYPES)/siq_vl
-	ln -s $(wildcard $(CURDIR)/siq_vl/*) $(wildcard $(CURDIR)/*_siq_vl.py) $(TYPES)/siq_vl/
+	ln -s $(wildcard $(CURDIR)/siq_vl/*) $(CURDIR)/pretraining $(wildcard $(CURDIR)/*_siq_vl.py) $(TYPES)/siq_vl/
 	ln -s $(addprefix $(CURDIR)/,$(SCRIPTS)) $(TYPES)/
 	cd $(TYPES) && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir ../.mypy_cache \
 		--python-executable $(abspath $(VENV))/bin/python -p siq_vl $(SCRIPTS:%.py=-m %)
@@ -59,6 +70,11 @@ types: $(VENV)/.ready-dev
 # Lines of the library that the tests reach, in processes that they start too; fails below 90%.
 coverage: $(VENV)/.ready-dev
 	$(VENV)/bin/python $(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html:outputs/coverage
+
+# Changes of the code, one at a time, that some test has to notice: tests/mutations.yaml.
+.PHONY: mutants
+mutants: $(VENV)/.ready
+	$(VENV)/bin/python tests/mutate.py --jobs $(WORKERS)
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -81,21 +97,29 @@ $(VENV)/.app $(VENV5)/.app: %/.app: %/.ready requirements-app.txt
 clean:
 	rm -rf outputs/tiny
 
-# Transformers' own test mixins, from the source of the installed release; SIQ_VL_TRANSFORMERS_SOURCE=folder takes
+# Transformers' own test mixins on both majors, each from the source distribution of its installed release, and what is
+# skipped beside what Idefics3 skips. test-hf-4 and test-hf-5 run one major; SIQ_VL_TRANSFORMERS_SOURCE=folder gives them
 # another source, such as a checkout of the release, which has the mixins for generation too.
-SIQ_VL_TRANSFORMERS_SOURCE ?= $(VENV)/transformers-source
-.PHONY: test-hf
-test-hf: $(SIQ_VL_TRANSFORMERS_SOURCE) $(VENV)/.ready
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check parameterized==0.9.0
-	SIQ_VL_TRANSFORMERS_SOURCE=$< $(VENV)/bin/python -m pytest -q -o addopts= tests/test_hf_mixins.py
+.PHONY: test-hf test-hf-4 test-hf-5
+test-hf: test-hf-4 test-hf-5
+test-hf-4: HF_VENV := $(VENV)
+test-hf-5: HF_VENV := $(VENV5)
+test-hf-4: $(VENV)/transformers-source
+test-hf-5: $(VENV5)/transformers-source
+test-hf-4 test-hf-5:
+	SIQ_VL_TRANSFORMERS_SOURCE=$(or $(SIQ_VL_TRANSFORMERS_SOURCE),$(abspath $(HF_VENV))/transformers-source) \
+		$(HF_VENV)/bin/python -m pytest -q -o addopts= -p no:warnings tests/test_hf_mixins.py
 
-$(VENV)/transformers-source: $(VENV)/.ready
-	release=$$($(VENV)/bin/python -c "import transformers; print(transformers.__version__)") && \
-	$(VENV)/bin/python -m pip download -q --no-deps --no-binary :all: -d $(VENV) transformers==$$release && \
-	mkdir -p $@ && tar -xzf $(VENV)/transformers-$$release.tar.gz -C $@ --strip-components 1
+$(VENV)/transformers-source $(VENV5)/transformers-source: %/transformers-source: %/.ready
+	$*/bin/python -m pip install -q --disable-pip-version-check parameterized==0.9.0
+	release=$$($*/bin/python -c "import transformers; print(transformers.__version__)") && \
+	$*/bin/python -m pip download -q --no-deps --no-binary :all: -d $* transformers==$$release && \
+	rm -rf $@ && mkdir -p $@ && tar -xzf $*/transformers-$$release.tar.gz -C $@ --strip-components 1
+	touch $@
 
-# Make the repo the checkpoint that `make demo` left after stage 3.
+# Make the repo the checkpoint that `make demo` left after stage 3, and keep what it measured.
 .PHONY: root
 root:
 	cp outputs/tiny/stage3/*.json outputs/tiny/stage3/model.safetensors .
 	cp outputs/tiny/stage3/training_log.jsonl .
+	cp outputs/tiny/results.json docs/results/demo.json

@@ -7,7 +7,7 @@ Ablations of stage 3 on the tiny model: every arm trained with several seeds, on
 
 The arms are those of `recipes/tiny/ablations.yaml`; one is added there. Runs go side by side, one a GPU, or one a core
 where there is none. What is done is not done again, so the same command goes on where it was interrupted; the runs, their
-logs and answers are in `outputs/ablations/<arm>/`, the results beside them: `ablations.md`, `results.json`, and as figures
+logs and answers are in `outputs/ablations/<arm>/`, the results beside them: `ablations.md`, its tables in `tables.json`, every number in `results.json`, and as figures
 `ablations.svg` and, for the arms that are trained with `--emergence_steps`, `emergence.svg`.
 """
 
@@ -21,12 +21,14 @@ from pathlib import Path
 import torch
 
 from siq_vl import cli
-from siq_vl.ablations import Plan, jobs_of, read_plan, seed_names
-from siq_vl.evaluation import ablations
+from siq_vl.ablation import results as ablations
+from siq_vl.ablation.arms import Plan, jobs_of, read_plan, seed_names
+from siq_vl.ablation.jobs import Jobs
 from siq_vl.evaluation import predictions as kept
-from siq_vl.evaluation.emergence import EMERGENCE_FIGURE, EMERGENCE_FILE, read_emergence
-from siq_vl.evaluation.plots import emergence_plot
-from siq_vl.jobs import Jobs
+from siq_vl.evaluation.emergence_figure import EMERGENCE_FIGURE, EMERGENCE_FILE, read_emergence
+from siq_vl.locks import Lock
+from siq_vl.plots import emergence_plot
+from siq_vl.results import write_results
 
 
 def parse_options() -> argparse.Namespace:
@@ -87,6 +89,12 @@ def main() -> None:
     if options.list:
         say("\n".join(f"{name:15} {arm.about}" for name, arm in plan.arms.items()))
         return
+    with Lock(options.output):
+        run_and_report(plan, options)
+
+
+def run_and_report(plan: Plan, options: argparse.Namespace) -> None:
+    """Run the plan, and write what is known of it then."""
     started, out = time.monotonic(), options.output
     jobs = run_all(plan, options)
     asked = [name for name, arm in plan.arms.items() if all(f"{name}/{way}" in jobs.seconds for way in arm.ways)]
@@ -94,8 +102,9 @@ def main() -> None:
         results = {name: result_of(plan, name, out) for name in asked}
         text = ablations.report(results, plan.compare)
         (out / "ablations.md").write_text(text, encoding="utf-8")
-        (out / "ablations.svg").write_text(ablations.figure(results), encoding="utf-8")
+        (out / "ablations.svg").write_text(ablations.plot(results), encoding="utf-8")
         (out / "results.json").write_text(json.dumps(ablations.numbers(results, plan.compare), indent=1))
+        write_results(out / "tables.json", ablations.tables(results, plan.compare), {"count": plan.count})
         if emerged := watched(plan, asked, out):
             (out / EMERGENCE_FIGURE).write_text(emergence_plot(emerged), encoding="utf-8")
         say(f"\n{text}\nresults: {out}/ablations.md, results.json and figures beside it")

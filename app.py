@@ -16,7 +16,7 @@ from pathlib import Path
 from siq_vl import cli
 from siq_vl.loading import load_checkpoint
 from siq_vl.page.layout import build_page, launch_options
-from siq_vl.page.streaming import Talker
+from siq_vl.page.streaming import StreamingModel
 
 
 def parse_options() -> argparse.Namespace:
@@ -39,24 +39,28 @@ def checkpoints(given: list[str]) -> Mapping[str, str]:
     Raises:
         ValueError: a name or a checkpoint is empty, or two have the same name.
     """
-    parted = [text.partition("=") for text in given]
-    named = [(name, path) if sign else (Path(name).name, name) for name, sign, path in parted]
-    for (name, path), text in zip(named, given, strict=True):
+    by_name: dict[str, str] = {}
+    for text in given:
+        name, sign, path = text.partition("=")
+        if not sign:
+            name, path = Path(text).name, text
         if not name.strip() or not path:
             raise ValueError(
                 f"--model is {text!r}; write it as NAME=CHECKPOINT, for instance stage3=outputs/tiny/stage3"
             )
-    if len(dict(named)) < len(named):
-        raise ValueError(
-            f"--model names {', '.join(name for name, _ in named)}; give each checkpoint a name of its own"
-        )
-    return dict(named)
+        if name in by_name:
+            raise ValueError(f"--model names {name} twice; give each checkpoint a name of its own")
+        by_name[name] = path
+    return by_name
 
 
 def main() -> None:
     options = parse_options()
-    talkers = [Talker(name, *load_checkpoint(path), options.max_new_tokens) for name, path in options.model.items()]
-    page = build_page(talkers, options.at_once)
+    models = []
+    for name, path in options.model.items():
+        model, processor = load_checkpoint(path)
+        models.append(StreamingModel(name, model, processor, options.max_new_tokens))
+    page = build_page(models, options.at_once)
     page.launch(server_port=options.port, **launch_options())
 
 

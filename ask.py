@@ -15,9 +15,9 @@ from typing import Any
 from siq_vl import cli
 from siq_vl.data.figures.rows import user_turn
 from siq_vl.data.images import open_image
-from siq_vl.evaluation.answers import parse
 from siq_vl.evaluation.generation import generate_texts
 from siq_vl.loading import load_checkpoint
+from siq_vl.parsing.answers import parse
 
 
 def main() -> None:

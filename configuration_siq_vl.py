@@ -5,6 +5,7 @@ import os
 from typing import Any, Optional, Union
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 # google/siglip2-large-patch16-512 without its attention-pooling head.
@@ -52,6 +53,63 @@ AUTO_MAP = {
 PROJECTOR_TYPES = ("linear", "mlp")
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+
+# Decoders held against their own classes on both majors of transformers, in tests/test_decoders.py: with text and
+# pictures, cached, padded, packed, and with LoRA on every linear layer.
+DECODERS = (
+    "qwen2",
+    "qwen3",
+    "llama",
+    "mistral",
+    "smollm3",
+    "olmo",
+    "olmo2",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "cohere",
+    "cohere2",
+    "starcoder2",
+    "glm",
+    "helium",
+)
+_MIXTURE = "its experts' weights have other names on transformers 4 than on 5"
+_STATE = "it keeps a state from token to token, with a cache of its own"
+_POSITIONS = "it does not keep samples packed into a row apart by position_ids, on both majors of transformers"
+_LENGTHS = "its attention on transformers 4 cannot be told the lengths of the samples packed into a row"
+_NAMES = "its embedding, output layer or linear layers are not of the form that weights and LoRA are found by"
+_WHY_NOT = {
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "deepseek_v3", "gpt_oss"), _MIXTURE),
+    **dict.fromkeys(("lfm2", "mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "rwkv"), _STATE),
+    **dict.fromkeys(("opt", "bloom", "mpt"), _POSITIONS),
+    **dict.fromkeys(("stablelm", "nemotron"), _LENGTHS),
+    **dict.fromkeys(("gpt2", "gpt_neox", "gptj", "gpt_bigcode", "falcon"), _NAMES),
+    "phi": "its output layer has a bias, which SiQ-VL's has not",
+    "bert": "it reads in both directions and writes no text",
+    "roberta": "it reads in both directions and writes no text",
+    "gemma3": "it has a vision tower of its own; its text part alone is of type 'gemma3_text'",
+}
+
+
+def check_decoder(text_config: PretrainedConfig) -> None:
+    """
+    Refuses a language model that SiQ-VL is not known to run as its own class does.
+
+    Args:
+        text_config (`PretrainedConfig`): Configuration of the language model.
+
+    Raises:
+        ValueError: if its type is not among `DECODERS`, or a setting makes its output another than is computed here.
+    """
+    model_type = text_config.model_type
+    if model_type not in DECODERS:
+        reason = _WHY_NOT.get(model_type, "nobody has checked that its outputs are those of its own class")
+        raise ValueError(
+            f"The language model is of type {model_type!r}, but {reason}: use one of {', '.join(DECODERS)}. To add "
+            "another, name it in `DECODERS` of configuration_siq_vl.py and in tests/test_decoders.py, and let that pass."
+        )
 
 
 def tokens_per_image(height: int, width: int, patch_size: int, pixel_shuffle_factor: int) -> int:
@@ -135,12 +193,13 @@ def tile_grid(height: int, width: int, tile_height: int, tile_width: int, max_ti
     def kept(grid: tuple[int, int]) -> float:
         return min(1.0, grid[0] * tile_height / height, grid[1] * tile_width / width)
 
+    # More than this would enlarge a side by more than a third.
+    most_rows = max(1, 4 * height // (3 * tile_height))
+    most_columns = max(1, 4 * width // (3 * tile_width))
     grids = [
         (rows, columns)
-        for rows in range(1, max_tiles + 1)
-        for columns in range(1, max_tiles // rows + 1)
-        if (rows == 1 or 3 * rows * tile_height <= 4 * height)
-        and (columns == 1 or 3 * columns * tile_width <= 4 * width)
+        for rows in range(1, min(most_rows, max_tiles) + 1)
+        for columns in range(1, min(most_columns, max_tiles // rows) + 1)
     ]
     return max(grids, key=lambda grid: (kept(grid), -grid[0] * grid[1]))
 
@@ -175,7 +234,7 @@ class SiQVLConfig(PretrainedConfig):
             Configuration of the vision tower, of model type `siglip_vision_model`. The attention-pooling head is
             always left out: the language model reads the patches.
         text_config (`PretrainedConfig` or `dict`, *optional*):
-            Configuration of any decoder that `AutoModel` can build.
+            Configuration of a decoder whose type is among `DECODERS`; others are refused, see [`check_decoder`].
         projector_type (`str`, defaults to `"linear"`):
             `"linear"` is one linear layer; `"mlp"` adds a GELU and a second linear layer around a residual.
         pixel_shuffle_factor (`int`, defaults to 2):
@@ -205,7 +264,7 @@ class SiQVLConfig(PretrainedConfig):
 
     model_type = "siq_vl"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
 
     def __init__(
         self,
@@ -294,6 +353,15 @@ class SiQVLConfig(PretrainedConfig):
             )
         if not isinstance(self.projector_bias, bool):
             raise ValueError(f"projector_bias is {self.projector_bias!r}, but must be a boolean: set true or false.")
+        check_decoder(self.text_config)
+        numbers = {
+            "vision_config.image_size": self.vision_config.image_size,
+            "vision_config.patch_size": self.vision_config.patch_size,
+            "text_config.vocab_size": self.text_config.vocab_size,
+        }
+        for name, value in numbers.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, but must be an integer: correct it in config.json.")
         self._validate_token_ids()
         # Checks the grid; a config that cannot say how many tokens an image takes is of no use.
         _ = self.image_seq_length
@@ -329,7 +397,14 @@ def _build_sub_config(
         raise ValueError(f"{name} is a {type(value).__name__}, but must be a configuration, a dict or None: pass one.")
     fields = copy.deepcopy(value)
     model_type = fields.pop("model_type", default["model_type"])
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{name} does not describe a model of type {model_type!r} that transformers {transformers.__version__} can "
+            f"build: correct it in config.json, or install the version that wrote it ({reason})."
+        ) from error
 
 
 def _read_rope_parameters(text_config: PretrainedConfig) -> None:

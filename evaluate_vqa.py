@@ -6,6 +6,7 @@ Evaluate checkpoints, ours or any image-text-to-text model's, on held-out drawn 
     python evaluate_vqa.py --model stage2=outputs/tiny/stage2 --model blind=outputs/tiny/blind --blind blind
     python evaluate_vqa.py --model baseline=outputs/tiny/stage2 --model student=outputs/tiny/stage3 --before_after --card
     python evaluate_vqa.py --captions stage1 --model stage1=outputs/tiny/stage1
+    python evaluate_vqa.py --model stage3=outputs/tiny/stage3 --shifts --count 300
     python evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source path/to/ChartQA --split test
     accelerate launch --multi_gpu evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source path/to/ChartQA
 
@@ -13,7 +14,8 @@ Each model's answers are appended to `<output>/<name>.jsonl` batch by batch, and
 interrupted. One table of accuracies with 95% intervals is printed, every pair of neighbouring models is compared on the
 questions that both answered, and faults are counted and named. `--report` also writes a page to look at, and its tables
 as Markdown beside it. `--before_after` adds the report's Table 3 and A.6, the first model beside the last; `--card` writes
-them into the last one's model card.
+them into the last one's model card. `--shifts` asks the same questions about pictures that were moved, framed, rotated,
+blurred, and so on, in place of the ordinary table. `--results` keeps the tables in a file.
 """
 
 import argparse
@@ -26,10 +28,10 @@ from siq_vl import cli
 from siq_vl.data.adapters import FORMATS
 from siq_vl.data.sources import Source, SourceConfig
 from siq_vl.evaluation import predictions as kept
-from siq_vl.evaluation.figures import described, held_out_items
+from siq_vl.evaluation.held_out import described, held_out_items
+from siq_vl.evaluation.items import Item, items_of
 from siq_vl.evaluation.losses import reference_losses
 from siq_vl.evaluation.marking import METRICS
-from siq_vl.evaluation.questions import Item, items_of
 from siq_vl.evaluation.report import write_report
 from siq_vl.evaluation.runner import (
     RunSettings,
@@ -40,10 +42,12 @@ from siq_vl.evaluation.runner import (
     run,
     same_questions,
 )
-from siq_vl.evaluation.summary import before_after
+from siq_vl.evaluation.scores import before_after
+from siq_vl.evaluation.shifts import CLEAN, SHIFTS, shift_table, shifted
 from siq_vl.evaluation.tables import accuracy_table, caption_table, comparison_line, ordinary
 from siq_vl.hub import write_card
 from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.results import checksum_of_weights, write_results
 
 
 def parse_options() -> argparse.Namespace:
@@ -69,6 +73,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max_thinking_tokens", type=int, help="bound on the rationale; the answer follows")
     parser.add_argument("--no_thinking", action="store_true", help="ask for answers without reasoning")
     parser.add_argument("--described", action="store_true", help="show drawn figures' captions in place of pictures")
+    parser.add_argument("--shifts", action="store_true", help="a table of drawn pictures moved, framed, blurred, ...")
+    parser.add_argument("--results", type=Path, metavar="FILE.json", help="keep the tables in this file, too")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint carries")
     source = parser.add_argument_group("another source of questions, with the fields of a recipe's `sources`")
     source.add_argument("--source", metavar="PATH", help="Hub id, local file or folder; drawn figures by default")
@@ -94,9 +100,12 @@ def parse_options() -> argparse.Namespace:
     options.before_after |= options.card
     if options.count < 5:
         raise ValueError(f"--count is {options.count}; it must be at least 5")
-    for name in ("captions", "described"):
+    for name in ("captions", "described", "shifts"):
         if getattr(options, name) and options.source:
             raise ValueError(f"--{name} needs pictures whose facts are known: leave --source out")
+    for name in ("captions", "described", "before_after", "report"):
+        if options.shifts and getattr(options, name):
+            raise ValueError(f"--shifts prints a table of its own: leave --{name} out, or run it apart")
     return options
 
 
@@ -113,6 +122,16 @@ def questions(options: argparse.Namespace) -> list[Item]:
         instruction=options.instruction,
     )
     return items_of(Source(config), options.rows, metric=options.metric)
+
+
+def ways_of(options: argparse.Namespace, items: list[Item]) -> dict[str, list[Item]]:
+    """Return what every model is asked, by the name of how its pictures are shown."""
+    if options.described:
+        return {"described": [described(item) for item in items]}
+    if options.shifts:
+        drawn = [item for item in items if item.group == "held out"]
+        return {shift: shifted(drawn, shift) for shift in SHIFTS}
+    return {CLEAN: items}
 
 
 def losses_of(options: argparse.Namespace, name: str, items: Sequence[Item], model, processor, settings) -> dict:
@@ -139,9 +158,11 @@ def tell(
         for first, second in pairwise(answers)
     ]
     faults = fault_report(answers)
-    print(f"\n{accuracy_table(answers)}")
+    accuracies = accuracy_table(answers)
+    print(f"\n{accuracies}")
     print("".join(f"\n{line}" for line in (*lines, *faults.splitlines())))
     tables = {}
+    keep_results(options, {"accuracy": accuracies})
     if options.before_after:
         table = before_after({name: ordinary(made) for name, made in answers.items()}, losses)
         tables["Before and after"] = table
@@ -155,12 +176,30 @@ def tell(
         print(f"\npage: {options.report}")
 
 
+def tell_shifts(options: argparse.Namespace, answers: Mapping[str, Mapping[str, Sequence[kept.Prediction]]]) -> None:
+    """Print the table of shifts."""
+    table = shift_table(answers)
+    print(f"\n{table}")
+    for name, by_shift in answers.items():
+        if faults := fault_report({f"{name}, {shift}": made for shift, made in by_shift.items()}):
+            print(f"\n{faults}")
+    keep_results(options, {"shifts": table})
+
+
+def keep_results(options: argparse.Namespace, tables: Mapping[str, str]) -> None:
+    """Write the results file, if one is wanted."""
+    if options.results is not None:
+        weights = {name: checksum_of_weights(checkpoint) for name, checkpoint in options.model.items()}
+        write_results(options.results, tables, {"weights": weights})
+
+
 def main() -> None:
     options = parse_options()
     items = questions(options)
-    asked = [described(item) for item in items] if options.described else items
+    ways = ways_of(options, items)
     first = process_state().is_main_process
-    answers, losses = {}, {}
+    answers: dict[str, dict[str, list[kept.Prediction]]] = {}
+    losses: dict[str, dict] = {}
     for name, checkpoint in options.model.items():
         model, processor = load_any(checkpoint, trust_remote_code=options.trust_remote_code)
         settings = RunSettings(
@@ -170,9 +209,12 @@ def main() -> None:
             blind=name in options.blind,
             template_options={"enable_thinking": False} if options.no_thinking else None,
         )
-        identity = {"checkpoint": fingerprint(checkpoint), **({"described": True} if options.described else {})}
-        path = options.output / f"{name}.jsonl"
-        answers[name] = run(model, processor, asked, path, settings, identity=identity, progress=name)
+        answers[name] = {}
+        for way, asked in ways.items():
+            identity = {"checkpoint": fingerprint(checkpoint), **({} if way == CLEAN else {way: True})}
+            file = options.output / (f"{name}/{way}.jsonl" if options.shifts else f"{name}.jsonl")
+            progress = f"{name}, {way}" if options.shifts else name
+            answers[name][way] = run(model, processor, asked, file, settings, identity=identity, progress=progress)
         if first:
             losses[name] = losses_of(options, name, asked, model, processor, settings)
         if name in options.captions and first:
@@ -182,8 +224,10 @@ def main() -> None:
                 json.dumps({"count": len(pictures), "scores": scores})
             )
             print(f"\n{name}\n\n{caption_table(scores, len(pictures))}")
-    if first:
-        tell(options, items, answers, losses)
+    if first and options.shifts:
+        tell_shifts(options, answers)
+    elif first:
+        tell(options, items, {name: made for name, by_way in answers.items() for made in by_way.values()}, losses)
 
 
 if __name__ == "__main__":

@@ -9,66 +9,84 @@ The store (`--output`, `outputs/traces` by default) holds one row a trace, kept 
 with more teachers, samples or questions, does only what is missing. Its page is `report.html`.
 """
 
-import argparse
 import sys
 
 from siq_vl import cli
-from siq_vl.distill import options as settings
 from siq_vl.distill.card import push_to_hub, write_card
-from siq_vl.distill.page import write_page
+from siq_vl.distill.options import Options, parse_options
 from siq_vl.distill.pipeline import Progress, Run
-from siq_vl.distill.selection import announce, settle
-from siq_vl.distill.summary import summarize, tables
+from siq_vl.distill.questions import LeftOut
+from siq_vl.distill.selection import record_rules, update_verdicts
+from siq_vl.distill.store_page import write_page
+from siq_vl.distill.teachers.base import TeacherLost
 from siq_vl.distill.traces import TraceStore
+from siq_vl.distill.yields import store_yield, tables
 
 INTERRUPTED = 130
 
 
-def generate(options: argparse.Namespace, store: TraceStore) -> Progress:
+def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress:
     """Ask every teacher what is missing; stop early where one's budget is spent or the run is interrupted."""
-    verification = settings.verification_from(options)
-    announce(store, verification)
+    record_rules(store, options.verification)
+    samples = options.store.samples
     progress = Progress()
-    for teacher in settings.teachers_from(options):
-        budget = settings.budget_from(options)
-        budget.carry_over(*store.spent(teacher.name))
+    for teacher in options.teachers():
+        budget = options.budget()
+        budget.carry_over(store.spent(teacher.name))
         run = Run(
             teacher,
-            settings.prompts_from(options, teacher),
+            options.prompts(teacher),
             store,
-            verification,
-            samples=options.samples,
+            options.verification,
+            samples=samples,
             budget=budget,
-            embed=options.images == "embed",
+            embed=options.store.images == "embed",
         )
-        total = options.count * options.samples if options.count else None
-        progress = run.over(settings.questions_from(options), total)
+        # How many questions a file holds is not known before it has been read.
+        total = options.questions.count * samples if options.questions.count else None
+        progress = run.over(options.questions.open(left_out), total)
         print(
             f"{teacher.name}: {progress.made} new traces, {progress.skipped} were there, {progress.failed} without answer"
         )
+        for error, count in progress.failures.most_common(3):
+            print(f"  {count} x {error}")
         if progress.ended != "done":
             break
+    if left_out.count:
+        print(
+            f"{left_out.count} rows of {options.questions.questions} cannot be asked and are left out: "
+            f"see {left_out.path}"
+        )
     return progress
 
 
 def main() -> None:
-    options = settings.parse_options(__doc__)
-    verification, selection = settings.verification_from(options), settings.selection_from(options)
-    with TraceStore(options.output) as store:
-        if options.retry_failed:
+    options = parse_options(__doc__)
+    folder = options.store.output
+    lost: TeacherLost | None = None
+    with TraceStore(folder) as store:
+        if options.store.retry_failed:
             print(f"asking again for {store.drop_failed()} traces")
-        progress = generate(options, store)
-        settle(store, verification, selection, progress=True)
-    for title, table in tables(summarize(options.output)).items():
+        try:
+            progress = generate(options, store, LeftOut(folder / "left_out.jsonl"))
+        except TeacherLost as error:
+            progress, lost = Progress(ended="lost"), error
+        # A teacher that is lost halfway leaves traces that were paid for: they are judged and shown before it is told.
+        update_verdicts(store, options.verification, options.selection, progress=True)
+        if lost is not None and not store.shards():
+            raise lost
+    for title, table in tables(store_yield(folder)).items():
         print(f"\n{title}\n\n{table}")
-    write_card(options.output)
-    print(f"\ntraces: {options.output}/data, page: {write_page(options.output)}")
+    write_card(folder)
+    print(f"\ntraces: {folder}/data, page: {write_page(folder)}")
+    if lost is not None:
+        raise lost
     if progress.ended == "budget":
         print("the budget is spent: raise it and run the same command to go on")
     if progress.ended == "interrupted":
         sys.exit(INTERRUPTED)
-    if options.push_to_hub:
-        print(push_to_hub(options.output, options.push_to_hub))
+    if options.store.push_to_hub:
+        print(push_to_hub(folder, options.store.push_to_hub))
 
 
 if __name__ == "__main__":

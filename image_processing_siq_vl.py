@@ -63,8 +63,7 @@ def load_rgb(image: Any, input_data_format: Optional[str] = None) -> Union[Image
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, torch.Tensor):
-        array = image.detach().cpu()
-        return _array_to_rgb((array.float() if array.is_floating_point() else array).numpy(), input_data_format, True)
+        return _array_to_rgb(_tensor_to_array(image), input_data_format, True)
     if isinstance(image, np.ndarray):
         return _array_to_rgb(image, input_data_format, False)
     raise ValueError(
@@ -214,6 +213,18 @@ def _to_eight_bits(values: np.ndarray, always: bool) -> np.ndarray:
     return np.clip(values, 0, 255).round().astype(np.uint8)
 
 
+def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
+    """The values of a tensor; floats of any precision as `float32`, which NumPy knows."""
+    try:
+        values = tensor.detach().cpu()
+        return (values.float() if values.is_floating_point() else values).numpy()
+    except (TypeError, RuntimeError) as error:  # meta, sparse and quantised tensors
+        raise ValueError(
+            f"Got an image tensor of type {tensor.dtype} and layout {tensor.layout} on the device {tensor.device}, but it "
+            f"must hold numbers that can be read: pass a dense tensor on the CPU or an accelerator ({error})."
+        ) from error
+
+
 def _array_to_rgb(array: np.ndarray, input_data_format: Optional[str], is_tensor: bool) -> np.ndarray:
     """Brings an array to the shape `(height, width, 3)`, and checks its values."""
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or array.size == 0:
@@ -242,6 +253,11 @@ def _channels_first(shape: tuple[int, ...], input_data_format: Optional[str], is
     """Whether the first of three axes holds the channels; see [`load_rgb`]."""
     ends = (shape[0], shape[2])
     if input_data_format is not None:
+        if not isinstance(input_data_format, str) or input_data_format not in ("channels_first", "channels_last"):
+            raise ValueError(
+                f'input_data_format is {input_data_format!r:.80}, but must be "channels_first" or "channels_last": correct '
+                "it, or leave it out."
+            )
         first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
         if ends[0 if first else 1] in (1, 3, 4):
             return first

@@ -19,6 +19,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
     SiglipVisionModel,
@@ -28,10 +29,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .configuration_siq_vl import TRANSFORMERS_4, SiQVLConfig, tokens_per_image
+from .configuration_siq_vl import TRANSFORMERS_4, SiQVLConfig, check_decoder, tokens_per_image
 from .generation_siq_vl import ThinkingBudgetLogitsProcessor
 
 logger = logging.get_logger(__name__)
+
+# transformers calls `cache`, from 5.24 on, what was `past_key_values` before, and reads either name in outputs.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 if TRANSFORMERS_4:
     from transformers.models.siglip.modeling_siglip import SiglipVisionTransformer
@@ -134,9 +138,13 @@ class SiQVLModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         image_hidden_states (`torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`, *optional*):
             Projected image features, as they replaced the placeholders.
+        image_outputs ([`BaseModelOutputWithPooling`], *optional*):
+            What [`get_image_features`] returned; on transformers 5 with the tower's own hidden states and attentions, where
+            these were asked for.
     """
 
     image_hidden_states: Optional[torch.Tensor] = None
+    image_outputs: Optional[BaseModelOutputWithPooling] = None
 
 
 @dataclass
@@ -147,9 +155,59 @@ class SiQVLCausalLMOutputWithPast(CausalLMOutputWithPast):
     Args:
         image_hidden_states (`torch.Tensor` of shape `(n_images, n_tokens, text_hidden_size)`, *optional*):
             Projected image features, as they replaced the placeholders.
+        image_outputs ([`BaseModelOutputWithPooling`], *optional*):
+            What [`get_image_features`] returned; on transformers 5 with the tower's own hidden states and attentions, where
+            these were asked for.
     """
 
     image_hidden_states: Optional[torch.Tensor] = None
+    image_outputs: Optional[BaseModelOutputWithPooling] = None
+
+
+def scale_and_cap(logits: torch.Tensor, text_config: PretrainedConfig) -> torch.Tensor:
+    """
+    What a decoder's own class does to the output of its `lm_head`.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Output of the last layer.
+        text_config (`PretrainedConfig`): Configuration of the decoder.
+
+    Returns:
+        `torch.Tensor` of the same shape: divided (Granite), multiplied (Cohere) or capped (Gemma 2 and 3), or as it is.
+    """
+    if text_config.model_type == "granite":
+        return logits / text_config.logits_scaling
+    if text_config.model_type in ("cohere", "cohere2"):
+        return logits * text_config.logit_scale
+    if text_config.model_type in ("gemma2", "gemma3_text") and text_config.final_logit_softcapping is not None:
+        cap = text_config.final_logit_softcapping
+        return torch.tanh(logits / cap) * cap
+    return logits
+
+
+def scales_embeddings_inside(text_config: PretrainedConfig) -> bool:
+    """
+    Whether a decoder multiplies all `inputs_embeds` by the root of its width, as Gemma 1 and 2 do on transformers 4.
+
+    On transformers 5, and in Gemma 3, the embedding layer does so to tokens. Images enter unscaled on both.
+    """
+    return TRANSFORMERS_4 and text_config.model_type in ("gemma", "gemma2")
+
+
+def _layer_classes(language_model: PreTrainedModel) -> list[str]:
+    """Names of the classes of the layers that are never split over devices: the tower's and the language model's."""
+    present = {type(module).__name__ for module in language_model.modules()}
+    return ["SiglipEncoderLayer", *sorted(present & set(language_model._no_split_modules or ()))]
+
+
+def _warn_of_attention_without_cap(text_config: PretrainedConfig) -> None:
+    """Says where transformers 4 leaves out Gemma 2's cap of attention scores, which transformers 5 does not."""
+    capped = text_config.model_type == "gemma2" and text_config.attn_logit_softcapping is not None
+    if capped and text_config._attn_implementation == "sdpa":
+        logger.warning_once(
+            "Gemma 2 caps its attention scores, but with attn_implementation 'sdpa' this release of transformers leaves "
+            "that out, and transformers 5 does not: load with attn_implementation='eager' for equal outputs."
+        )
 
 
 class SiQVLPreTrainedModel(PreTrainedModel):
@@ -160,8 +218,8 @@ class SiQVLPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SiglipEncoderLayer", "Qwen2DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["SiglipEncoderLayer"]  # and the layers of the language model, once it is known
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -191,10 +249,13 @@ class SiQVLModel(SiQVLPreTrainedModel):
 
     def __init__(self, config: SiQVLConfig):
         super().__init__(config)
+        check_decoder(config.text_config)
         self.vision_tower = VisionTower._from_config(config.vision_config)
         self.projector = SiQVLProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+        self._no_split_modules = _layer_classes(self.language_model)
+        _warn_of_attention_without_cap(self.language_model.config)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -348,6 +409,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
         past_key_values: Optional[Cache] = None,
         inputs_embeds: Optional[torch.Tensor] = None,
         use_cache: Optional[bool] = None,
+        cache: Optional[Cache] = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Union[tuple, SiQVLModelOutputWithPast]:
         """
@@ -365,12 +427,16 @@ class SiQVLModel(SiQVLPreTrainedModel):
             raise ValueError("Got both or neither of input_ids and inputs_embeds: pass exactly one.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        past_key_values = _one_cache(past_key_values, cache)
         self._check_packing(inputs_embeds.shape[0], position_ids, attention_mask, past_key_values, use_cache)
 
-        image_features = None
+        image_features = image_outputs = None
         if pixel_values is not None or vision_features is not None:
-            image_features = self.get_image_features(pixel_values, vision_features, return_dict=True).pooler_output
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+            image_outputs = self.get_image_features(pixel_values, vision_features, return_dict=True, **recorded)
+            image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            if scales_embeddings_inside(self.config.text_config):
+                image_features = image_features / self.config.text_config.hidden_size**0.5
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif input_ids is not None and input_ids.shape[1] > 1 and _is_empty(past_key_values):
@@ -382,9 +448,8 @@ class SiQVLModel(SiQVLPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
-            **{**kwargs, "return_dict": True},
+            **{**kwargs, CACHE: past_key_values, "return_dict": True},
         )
         return SiQVLModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -392,6 +457,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            image_outputs=image_outputs,
         )
 
     def _check_packing(
@@ -444,6 +510,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         self.model = SiQVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        self._no_split_modules = self.model._no_split_modules
 
     @classmethod
     def from_backbones(
@@ -479,9 +546,10 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             [`SiQVLForConditionalGeneration`], in evaluation mode.
 
         Raises:
-            ValueError: if a checkpoint is of another kind, or lacks weights.
+            ValueError: if a checkpoint is of another kind, or lacks weights; see [`check_decoder`].
         """
         dtype = config_kwargs.pop("torch_dtype", dtype)
+        check_decoder(AutoConfig.from_pretrained(language_model))
         decoder = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
         tower = _load_vision_tower(vision_tower, decoder.dtype)
         config = SiQVLConfig(
@@ -496,7 +564,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         model = cls._from_config(config, dtype=decoder.dtype)
         weights = {name.removeprefix("vision_model."): weight for name, weight in tower.state_dict().items()}
         model.model.vision_tower.load_state_dict({k: v for k, v in weights.items() if not k.startswith("head.")})
-        model.model.language_model.load_state_dict(decoder.base_model.state_dict())
+        model.model.language_model.load_state_dict(decoder.model.state_dict())
         model.lm_head.load_state_dict(decoder.get_output_embeddings().state_dict())
         # Only the ids: an instruct model's sampling settings were tuned for its own answers.
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -542,6 +610,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         labels: Optional[torch.LongTensor] = None,
         use_cache: Optional[bool] = None,
         logits_to_keep: Union[int, torch.Tensor] = 0,
+        cache: Optional[Cache] = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Union[tuple, SiQVLCausalLMOutputWithPast]:
         """
@@ -569,6 +638,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             use_cache (`bool`, *optional*): Whether to return keys and values.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
                 Number of last positions, or their indices, for which logits are computed; 0 means all.
+            cache (`Cache`, *optional*): `past_key_values` under the name that transformers 5.24 gave it.
             kwargs: Passed on to the language model and the loss, for instance `num_items_in_batch`.
 
         Returns:
@@ -583,13 +653,13 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             vision_features=vision_features,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=_one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **{**kwargs, "return_dict": True},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = scale_and_cap(self.lm_head(outputs.last_hidden_state[:, kept, :]), self.config.text_config)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -602,6 +672,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
     def generate(
@@ -643,16 +714,13 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
-        past_key_values: Optional[Cache] = None,
         inputs_embeds: Optional[torch.Tensor] = None,
         pixel_values: Optional[torch.Tensor] = None,
         vision_features: Optional[torch.Tensor] = None,
         **kwargs,
     ) -> dict[str, Any]:
         """Adds the images whose placeholders are among the tokens that the next step reads, and no others."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
-        )
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         images = {"pixel_values": pixel_values, "vision_features": vision_features}
         images = {name: value for name, value in images.items() if value is not None}
         new_ids = inputs["input_ids"]
@@ -721,7 +789,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         pixel_values = model_kwargs.pop("pixel_values", None)
         vision_features = model_kwargs.pop("vision_features", None)
         text_alone = pixel_values is None and vision_features is None and model_kwargs.get("inputs_embeds") is None
-        if text_alone and _is_empty(model_kwargs.get("past_key_values")):
+        if text_alone and _is_empty(model_kwargs.get(CACHE)):
             self.model._check_images_given(input_ids, refuse=True)
         if expand_size > 1 and pixel_values is not None:
             grid = self.model._patch_grid(pixel_values, None)
@@ -774,6 +842,13 @@ def _is_false(condition: torch.Tensor, message: str) -> bool:
         torch._assert_async(condition, message)
         return False
     return not condition
+
+
+def _one_cache(past_key_values: Optional[Cache], cache: Optional[Cache]) -> Optional[Cache]:
+    """The cache that was given, under the one name or the other."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("Got both past_key_values and cache, two names of the same: pass one of them.")
+    return cache if past_key_values is None else past_key_values
 
 
 def _is_empty(cache: Optional[Cache]) -> bool:

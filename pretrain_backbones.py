@@ -25,8 +25,10 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from siq_vl import cli
 from siq_vl.data.world import dataset as world
 from siq_vl.data.world.scatter import scattered
+from siq_vl.locks import Lock
 from siq_vl.pretraining import captions, loop, reading, reading_accuracy, text, vision, world_text
 from siq_vl.pretraining.gates import failures, gate_accuracies
 from siq_vl.pretraining.tokenizer import train_tokenizer
@@ -269,7 +271,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="pictures for each row of what an exported tower reads")
     parser.add_argument("--font", action="append", default=[], help="path of a further font that it is to read")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     function, defaults = PHASES[options.phase]
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -277,8 +278,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    function(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with Lock(options.backbones if options.phase.startswith("export") else options.work / options.phase):
+        function(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,26 +1,32 @@
 """Processor of SiQ-VL: images and chat text in, model inputs out."""
 
+import dataclasses
 import json
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
     BatchFeature,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
 from transformers.image_utils import ImageInput
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from .configuration_siq_vl import TRANSFORMERS_4, check_max_tiles, tiles_per_image, tokens_per_image
 from .image_processing_siq_vl import load_rgb, resize_to_tiles, to_rgb
@@ -28,8 +34,110 @@ from .image_processing_siq_vl import load_rgb, resize_to_tiles, to_rgb
 IMAGE_TOKEN = "<|image_pad|>"
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN)
 
+MOST_PIXELS = 2**26  # of an image that the vision tower reads, 8192 x 8192
+
 # The image backend that gives the same numbers on both majors, whether or not torchvision is installed.
 PIL_BACKEND = {"use_fast": False} if TRANSFORMERS_4 else {"backend": "pil"}
+
+# What tokenizers, image processors and templates raise for what they cannot work with.
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    AssertionError,
+    OSError,
+    StrictDataclassError,
+    TemplateError,
+    DocstringParsingException,
+    TypeHintParsingException,
+)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    # The largest number of tokens that a tokenizer can count to.
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_channel_value(value: Any) -> bool:
+    """One number, or one for each of the three colours."""
+    return _is_finite(value) or isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_finite, value))
+
+
+def _is_channel_divisor(value: Any) -> bool:
+    return _is_channel_value(value) and 0 not in (value if isinstance(value, (list, tuple)) else [value])
+
+
+def _is_one_of(*names: Any) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (str, bool)) and value in names
+
+
+_FLAG = (_is_flag, "True or False")
+_CHANNELS = (_is_one_of("channels_first", "channels_last"), '"channels_first" or "channels_last"')
+
+# What a keyword argument of a call may be, in code and in words; each may be None as well, which means the default.
+_KEYWORDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "padding": (
+        _is_one_of(True, False, "longest", "max_length", "do_not_pad"),
+        'True, False, "longest", "max_length" or "do_not_pad"',
+    ),
+    "truncation": (
+        _is_one_of(True, False, "only_first", "longest_first", "do_not_truncate"),
+        'True, False, "only_first", "longest_first" or "do_not_truncate"',
+    ),
+    "padding_side": (_is_one_of("left", "right"), '"left" or "right"'),
+    "return_tensors": (_is_one_of("pt", "np"), '"pt" or "np"'),
+    "max_length": (lambda value: _is_integer(value, 1), "an integer of at least 1"),
+    "stride": (lambda value: _is_integer(value, 0), "an integer of at least 0"),
+    "pad_to_multiple_of": (lambda value: _is_integer(value, 1), "an integer of at least 1"),
+    "rescale_factor": (_is_finite, "a finite number"),
+    "image_mean": (_is_channel_value, "a finite number, or three of them"),
+    "image_std": (_is_channel_divisor, "a finite number other than 0, or three of them"),
+    "resample": (
+        lambda value: _is_integer(value, 0) and value in list(Image.Resampling),
+        "one of PIL.Image.Resampling, which are 0 to 5",
+    ),
+    "data_format": _CHANNELS,
+    "input_data_format": _CHANNELS,
+    **dict.fromkeys(
+        [
+            "add_special_tokens",
+            "do_convert_rgb",
+            "do_normalize",
+            "do_rescale",
+            "do_resize",
+            "return_attention_mask",
+            "return_length",
+            "return_mm_token_type_ids",
+            "return_offsets_mapping",
+            "return_special_tokens_mask",
+            "return_text_replacement_offsets",
+            "return_token_type_ids",
+            "split_special_tokens",
+            "verbose",
+        ],
+        _FLAG,
+    ),
+    **dict.fromkeys(
+        ["is_split_into_words", "return_overflowing_tokens"],
+        (lambda value: value is False, "False, because a row is one whole text with all of its images"),
+    ),
+    **dict.fromkeys(
+        ["text_pair", "text_target", "text_pair_target", "videos", "audio"],
+        (lambda value: False, "None: this processor reads `text` and `images`, and nothing else"),
+    ),
+}
 
 
 class SiQVLProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -61,7 +169,7 @@ class SiQVLProcessor(ProcessorMixin):
             image of its own to the vision tower, before a thumbnail of the whole. 1 resizes every picture whole.
 
     Raises:
-        ValueError: if the tokenizer lacks one of the special tokens, or `max_tiles` is below 1.
+        ValueError: if the tokenizer lacks one of the special tokens, or a number is no integer of at least 1.
 
     Example:
 
@@ -92,11 +200,24 @@ class SiQVLProcessor(ProcessorMixin):
         **kwargs,
     ):
         check_max_tiles(max_tiles)
+        for name, value in (("patch_size", patch_size), ("pixel_shuffle_factor", pixel_shuffle_factor)):
+            if not _is_integer(value, 1):
+                raise ValueError(f"{name} is {value!r:.80}, but must be an integer of at least 1: correct it.")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"Got a tokenizer of type {type(tokenizer).__name__}, but it must be a tokenizer of transformers: load one "
+                "with `AutoTokenizer.from_pretrained`."
+            )
         missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
         if missing:
             raise ValueError(
                 f"The tokenizer has no token {', '.join(missing)}, but SiQ-VL needs each of {', '.join(SPECIAL_TOKENS)}: "
                 "add them with `tokenizer.add_special_tokens` and resize the embeddings of the language model."
+            )
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                "The tokenizer has no pad token, but rows of a batch are padded: set one that texts do not use, as with "
+                "`tokenizer.pad_token = tokenizer.eos_token`, and save the tokenizer beside the language model."
             )
         self.patch_size = patch_size
         self.pixel_shuffle_factor = pixel_shuffle_factor
@@ -148,15 +269,28 @@ class SiQVLProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        path = pretrained_model_name_or_path
         return [
-            AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **{**kwargs, **PIL_BACKEND}),
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            _loaded(AutoImageProcessor, "preprocessor_config.json", path, **{**kwargs, **PIL_BACKEND}),
+            _loaded(AutoTokenizer, "tokenizer.json with its tokenizer_config.json", path, **kwargs),
         ]
 
     @property
     def image_seq_length(self) -> int:
         """`int`: number of tokens that one image becomes, or each of its tiles."""
         return self._tokens_per_tile(*self._tile_size({}))
+
+    @property
+    def beginning_ids(self) -> list[int]:
+        """`list[int]`: what the tokenizer itself puts before a text, such as a BOS; training rows begin with it, too."""
+        whole, plain = self.tokenizer("a")["input_ids"], self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        begin = whole[: len(whole) - len(plain)]
+        if whole != begin + plain:
+            raise ValueError(
+                f"The tokenizer makes {whole} of 'a', whose own ids are {plain}: what it adds at the end would close "
+                "every prompt. Set a post-processor that adds nothing after a text."
+            )
+        return begin
 
     @property
     def model_input_names(self) -> list[str]:
@@ -188,9 +322,9 @@ class SiQVLProcessor(ProcessorMixin):
             order, one for each image unless `max_tiles` is above 1.
 
         Raises:
-            ValueError: if neither is given, if the number of images differs from that of placeholders, if an image
-                cannot be read, if the size does not suit the patches, if truncation cuts through an image, or if rows
-                of several lengths shall become a tensor.
+            ValueError: if neither is given, if a keyword argument has no meaning here, if the number of images differs
+                from that of placeholders, if an image cannot be read, if the size does not suit the patches, if
+                truncation cuts through an image, or if rows of several lengths shall become a tensor.
         """
         if text is None and images is None:
             raise ValueError("Got neither images nor text: pass at least one.")
@@ -215,14 +349,7 @@ class SiQVLProcessor(ProcessorMixin):
             del data["num_tiles"]
         if texts is not None:
             texts, offsets = _replace_placeholders(texts, replacements)
-            encoded = self.tokenizer(texts, **text_kwargs)
-            self._check_image_tokens(encoded["input_ids"], texts, text_kwargs)
-            lengths = sorted({len(row) for row in encoded["input_ids"]})
-            if return_tensors is not None and len(lengths) > 1:
-                raise ValueError(
-                    f"The texts have from {lengths[0]} to {lengths[-1]} tokens, but the rows of a tensor must be equally "
-                    "long: pass padding=True."
-                )
+            encoded = self._encode(texts, text_kwargs, return_tensors is not None)
             data = {**encoded, **data}
             if wanted["return_mm_token_type_ids"]:
                 data["mm_token_type_ids"] = [
@@ -232,6 +359,33 @@ class SiQVLProcessor(ProcessorMixin):
         if texts is not None and wanted["return_text_replacement_offsets"]:
             features["text_replacement_offsets"] = offsets
         return features
+
+    def _encode(self, texts: list[str], text_kwargs: dict[str, Any], equally_long: bool) -> dict[str, Any]:
+        """The tokenizer's output for expanded texts, in lists, with all image tokens; on request in rows of one length."""
+        stride, max_length = text_kwargs.get("stride"), text_kwargs.get("max_length")
+        if stride and (max_length is None or stride >= max_length):  # the tokenizer would end the process
+            raise ValueError(
+                f"stride is {stride} and max_length is {max_length}, but the stride must be below the length: leave "
+                "stride out, which rows of whole texts do not use."
+            )
+        bos = self.tokenizer.bos_token
+        if bos is not None and all(text.startswith(bos) for text in texts):
+            text_kwargs.setdefault("add_special_tokens", False)  # the template has written it
+        try:
+            encoded = self.tokenizer(texts, **text_kwargs)
+        except _REFUSALS as error:
+            raise ValueError(
+                f"The tokenizer cannot encode the texts with {_described(text_kwargs)}: correct the keyword arguments, or "
+                f"leave them out ({_one_line(error)})."
+            ) from error
+        self._check_image_tokens(encoded["input_ids"], texts, text_kwargs)
+        lengths = sorted({len(row) for row in encoded["input_ids"]})
+        if equally_long and len(lengths) > 1:
+            raise ValueError(
+                f"The texts have from {lengths[0]} to {lengths[-1]} tokens, but the rows of a tensor must be equally "
+                "long: pass padding=True."
+            )
+        return encoded
 
     def apply_chat_template(self, conversation, chat_template: Optional[str] = None, **kwargs):
         """
@@ -253,9 +407,18 @@ class SiQVLProcessor(ProcessorMixin):
         Raises:
             ValueError: if a message is no message; see also [`__call__`].
         """
-        conversations = conversation if _is_list(conversation) else None
-        if conversations and not _is_list(conversations[0]):
-            conversations = [conversation]
+        for name in ("tokenize", "return_dict", "add_generation_prompt", "return_assistant_tokens_mask"):
+            if not isinstance(kwargs.get(name, False), bool):
+                raise ValueError(f"{name} is {kwargs[name]!r:.80}, but must be True or False: correct it.")
+        conversation = getattr(conversation, "messages", conversation)
+        conversations = list(conversation) if _is_list(conversation) else None
+        is_batch = bool(conversations) and all(
+            _is_list(messages) or hasattr(messages, "messages") for messages in conversations
+        )
+        if is_batch:
+            conversations = [getattr(messages, "messages", messages) for messages in conversations]
+        elif conversations:
+            conversations = [conversations]
         if not conversations or not all(_is_list(messages) and messages for messages in conversations):
             raise ValueError(
                 f"Got the conversation {conversation!r:.80}, but it must be a list of messages, or a list of such lists, "
@@ -265,8 +428,31 @@ class SiQVLProcessor(ProcessorMixin):
             [_check_message(message, kwargs.get("tokenize", False)) for message in messages]
             for messages in conversations
         ]
-        conversation = checked[0] if conversations[0] is conversation else checked
-        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+        self._check_tools(checked, chat_template, kwargs.get("tools"))
+        try:
+            return super().apply_chat_template(
+                checked if is_batch else checked[0], chat_template=chat_template, **kwargs
+            )
+        except ValueError:
+            raise
+        except _REFUSALS as error:
+            raise ValueError(
+                f"The conversation cannot be rendered with {_described({'chat_template': chat_template, **kwargs})}: "
+                f"correct these arguments, or leave them out ({_one_line(error)})."
+            ) from error
+
+    def _check_tools(self, conversations: list[list[dict]], chat_template: Optional[str], tools: Any) -> None:
+        """Refuses tools, and calls of them, that the template would silently leave out."""
+        template = self.chat_template if chat_template is None else chat_template
+        calls = [message["tool_calls"] for messages in conversations for message in messages if "tool_calls" in message]
+        for name, value in [("tools", tools), *(("tool_calls", call) for call in calls)]:
+            if value is not None and not _is_list(value):
+                raise ValueError(f"{name} is {value!r:.80}, but must be a list: correct it, or leave it out.")
+            if value and isinstance(template, str) and "tool" not in template:
+                raise ValueError(
+                    f"{name} is {value!r:.80}, but the chat template has no place for tools: leave it out, or pass a "
+                    "chat_template that writes them."
+                )
 
     def expand_image_tokens(self, text: str, image_sizes: Optional[list[tuple[int, int]]] = None) -> str:
         """
@@ -279,13 +465,14 @@ class SiQVLProcessor(ProcessorMixin):
             image_sizes (`list[tuple[int, int]]`, *optional*): Height and width of each image before resizing; needed
                 where `max_tiles` is above 1.
         """
+        (text,) = _check_texts([text])
         n_images = text.count(IMAGE_TOKEN)
         if image_sizes is None and self.max_tiles > 1 and n_images:
             raise ValueError(
                 f"Got no image_sizes, but max_tiles is {self.max_tiles}, so that the tokens of an image depend on its "
                 "size: pass (height, width) of each image."
             )
-        sizes = [(1, 1)] * n_images if image_sizes is None else image_sizes
+        sizes = [(1, 1)] * n_images if image_sizes is None else _check_sizes(image_sizes)
         _check_counts([n_images], len(sizes), None)
         counts = self._get_num_multimodal_tokens(sizes)["num_image_tokens"]
         return _replace_placeholders([text], [IMAGE_TOKEN * count for count in counts])[0][0]
@@ -310,17 +497,17 @@ class SiQVLProcessor(ProcessorMixin):
             return MultiModalData()
         images_kwargs = self._merged(kwargs)["images_kwargs"]
         size, max_tiles = self._tile_size(images_kwargs), self._max_tiles(images_kwargs)
-        n_tiles = [tiles_per_image(height, width, *size, max_tiles) for height, width in image_sizes]
+        n_tiles = [tiles_per_image(height, width, *size, max_tiles) for height, width in _check_sizes(image_sizes)]
         n_tokens = self._tokens_per_tile(*size)
         return MultiModalData(num_image_tokens=[n * n_tokens for n in n_tiles], num_image_patches=n_tiles)
 
     def batch_decode(self, *args, **kwargs) -> list[str]:
         """Decodes rows of token ids; see [`PreTrainedTokenizerBase.batch_decode`]."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
+        return _decoded(self.tokenizer.batch_decode, *args, **kwargs)
 
     def decode(self, *args, **kwargs) -> str:
         """Decodes token ids; see [`PreTrainedTokenizerBase.decode`]."""
-        return self.tokenizer.decode(*args, **kwargs)
+        return _decoded(self.tokenizer.decode, *args, **kwargs)
 
     def post_process_image_text_to_text(
         self, generated_outputs, skip_special_tokens: bool = True, **kwargs
@@ -335,7 +522,7 @@ class SiQVLProcessor(ProcessorMixin):
         Returns:
             `list[str]`: one text for each row.
         """
-        return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def save_pretrained(self, save_directory: Union[str, os.PathLike], push_to_hub: bool = False, **kwargs):
         """
@@ -363,13 +550,15 @@ class SiQVLProcessor(ProcessorMixin):
         """Keyword arguments by the part they are for, `text_kwargs` and `images_kwargs`, with the defaults."""
         kwargs = dict(kwargs)
         max_tiles = kwargs.pop("max_tiles", None)
+        _check_keywords(kwargs)
         try:
             merged = self._merge_kwargs(
                 SiQVLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
             )
-        except StrictDataclassError as error:  # transformers 5 checks the types
-            reason = " ".join(str(error).split())
-            raise ValueError(f"A keyword argument is of the wrong type: correct it ({reason})") from error
+        except _REFUSALS as error:
+            raise ValueError(
+                f"A keyword argument of {_described(kwargs)} is of the wrong type: correct it ({_one_line(error)})."
+            ) from error
         merged["images_kwargs"]["max_tiles"] = self.max_tiles if max_tiles is None else max_tiles
         return merged
 
@@ -392,7 +581,13 @@ class SiQVLProcessor(ProcessorMixin):
             num_tiles, images = [len(group) for group in tiles], [tile for group in tiles for tile in group]
             images_kwargs["do_resize"] = False
         images_kwargs["input_data_format"] = "channels_last"  # otherwise a guess, wrong for images of few pixels
-        pixel_values = self.image_processor(images, **images_kwargs)["pixel_values"]
+        try:
+            pixel_values = self.image_processor(images, **images_kwargs)["pixel_values"]
+        except _REFUSALS as error:
+            raise ValueError(
+                f"The image processor cannot prepare the images with {_described(images_kwargs)}: correct the images or "
+                f"the keyword arguments ({_one_line(error)})."
+            ) from error
         shapes = {np.shape(image) for image in pixel_values}
         if len(shapes) > 1 or next(iter(shapes))[0] != 3:
             raise ValueError(
@@ -413,10 +608,18 @@ class SiQVLProcessor(ProcessorMixin):
         """Height and width that images, or their tiles, are resized to."""
         size = images_kwargs.get("size")
         size = self.image_processor.size if size is None else size
-        sides = (size, size) if isinstance(size, int) else (size["height"], size["width"]) if "height" in size else ()
-        if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
+        sides = (size, size)
+        if isinstance(size, (Mapping, type(self.image_processor.size))):  # transformers 5 has a class for sizes
+            sides = (size.get("height"), size.get("width"))
+        if not all(_is_integer(side, 1) for side in sides):
             raise ValueError(
-                f'size is {size!r}, but must be {{"height": ..., "width": ...}} with integers of at least 1, or one integer.'
+                f'size is {size!r:.80}, but must be {{"height": ..., "width": ...}} with integers of at least 1, or one '
+                "integer: correct it, or leave it out."
+            )
+        if sides[0] * sides[1] > MOST_PIXELS:
+            raise ValueError(
+                f"size is {size!r:.80}, but a picture or a tile of it may have at most {MOST_PIXELS} pixels: choose a "
+                "smaller size."
             )
         return sides
 
@@ -451,6 +654,17 @@ class SiQVLProcessor(ProcessorMixin):
                 )
 
 
+def _loaded(auto_class: Any, files: str, path: Union[str, os.PathLike], **kwargs) -> Any:
+    """A part of the processor, or an `OSError` that names the files it is read from."""
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except Exception as error:  # what the tokenizers library raises for a damaged file has no class of its own
+        raise OSError(
+            f"{path} has no {files} that can be read: copy the files of the checkpoint again, or save its processor again "
+            f"with `save_pretrained` ({_one_line(error)})."
+        ) from error
+
+
 def _load_backbone_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """
     Loads a language model's tokenizer as its files describe it.
@@ -479,39 +693,102 @@ def _check_texts(text: Any) -> Optional[list[str]]:
     return list(texts)
 
 
+def _check_sizes(image_sizes: Any) -> list[tuple[int, int]]:
+    """Height and width of each image, as plain integers."""
+    try:
+        sizes = [(int(height), int(width)) for height, width in image_sizes]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"image_sizes is {image_sizes!r:.80}, but must be a list with (height, width) of each image: pass integers."
+        ) from error
+    return sizes
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
 
 def _check_message(message: Any, tokenize: bool) -> dict[str, Any]:
     """Checks a message, and brings its content to the parts that templates and both majors of transformers know."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+    fields = _fields(message)
+    if fields is None or not isinstance(fields.get("role"), str):
         raise ValueError(f"Got the message {message!r:.80}, but it must be a dict with a role: pass role and content.")
-    content = message.get("content")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    content = fields.get("content")
     if isinstance(content, str):  # transformers 4 tokenizes parts only
-        return {**message, "content": [{"type": "text", "text": content}]} if tokenize else message
+        return {**fields, "content": [{"type": "text", "text": content}]} if tokenize else fields
     if not _is_list(content):
         raise ValueError(
             f"A message has the content {content!r:.80}, but it must be a str or a list of parts: pass one."
         )
-    return {**message, "content": [_check_part(part) for part in content]}
+    return {**fields, "content": [_check_part(part) for part in content]}
+
+
+def _fields(value: Any) -> Optional[dict[str, Any]]:
+    """The fields of a message, or of a part of one, that is a mapping, a dataclass or a pydantic model."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if callable(getattr(value, "model_dump", None)) and not isinstance(value, type):
+        return value.model_dump()
+    return None
 
 
 def _check_part(part: Any) -> dict[str, Any]:
-    """Brings a part of a message to `{"type": "text", "text": ...}` or `{"type": "image", "image": ...}`."""
-    if not isinstance(part, dict) or part.get("type") not in ("text", "image", "image_url"):
-        kind = part.get("type") if isinstance(part, dict) else part
+    """Brings a part of a message to `{"type": "text", "text": ...}` or `{"type": "image", <where it is>: ...}`."""
+    fields = _fields(part)
+    kind = part if fields is None else fields.get("type")
+    if fields is None or not isinstance(kind, str) or kind not in ("text", "image", "image_url"):
         raise ValueError(f'Content of type {kind!s:.80} is not supported: use "image" or "text".')
-    if part["type"] == "text":
-        if not isinstance(part.get("text"), str):
+    if kind == "text":
+        if not isinstance(fields.get("text"), str):
             raise ValueError(
-                f"A part of type text has the text {part.get('text')!r:.80}, but it must be a str: pass one."
+                f"A part of type text has the text {fields.get('text')!r:.80}, but it must be a str: pass one."
             )
-        return part
-    sources = [part.get(key) for key in ("image", "url", "path", "base64", "image_url")]
-    source = next((source for source in sources if source is not None), None)
-    source = source.get("url") if isinstance(source, dict) else source
-    return {"type": "image"} if source is None else {"type": "image", "image": source}
+        return fields
+    for key in ("image", "url", "path", "base64", "image_url"):
+        source = fields.get(key)
+        if key == "image_url" and _fields(source) is not None:
+            source = _fields(source).get("url")
+        if source is not None:
+            return {"type": "image", "url" if key == "image_url" else key: source}
+    return {"type": "image"}
+
+
+def _check_keywords(kwargs: dict[str, Any]) -> None:
+    """Refuses keyword arguments, flat or by the part that they are for, that have no meaning for a call."""
+    for name, value in kwargs.items():
+        if name in ("text_kwargs", "images_kwargs", "common_kwargs"):
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} is {value!r:.80}, but must be a dict of keyword arguments: pass one.")
+            _check_keywords(value)
+        elif name in _KEYWORDS and value is not None:
+            is_right, rule = _KEYWORDS[name]
+            if not is_right(value):
+                raise ValueError(f"{name} is {value!r:.80}, but must be {rule}: correct it, or leave it out.")
+
+
+def _decoded(decode: Callable, *args, **kwargs) -> Any:
+    """What a method of the tokenizer makes of token ids, or an error that says why it cannot."""
+    try:
+        return decode(*args, **kwargs)
+    except _REFUSALS as error:
+        given = {**{f"argument {index}": value for index, value in enumerate(args)}, **kwargs}
+        raise ValueError(
+            f"Got {_described(given)} to decode, but token ids are integers of at least 0, in one row for `decode` and in "
+            f"rows for `batch_decode`: convert them, and replace labels of -100 first ({_one_line(error)})."
+        ) from error
+
+
+def _described(kwargs: dict[str, Any]) -> str:
+    """Keyword arguments as an error names them."""
+    return ", ".join(f"{name}={value!r:.80}" for name, value in kwargs.items())
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return " ".join((str(error) or type(error).__name__).split())[:400]
 
 
 def _flatten_images(images: Any) -> tuple[list, Optional[list[int]]]:

@@ -12,11 +12,12 @@ names. `--config` picks one of several configurations, `recipes/<recipe>/stage3-
 """
 
 from siq_vl import cli
+from siq_vl.locks import Lock
+from siq_vl.planning.plan import plan
 from siq_vl.training.emergence import watched_rows
-from siq_vl.training.loading import load_for_stage
-from siq_vl.training.plan import plan
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import held_out_traces, make_trainer, traces_for_stage, train_and_save
+from siq_vl.training.starting_model import load_for_stage
 
 
 def main() -> None:
@@ -24,11 +25,12 @@ def main() -> None:
     if recipe.run.dry_run:
         cli.say(plan(recipe, "reason"), recipe.training.process_index)
         return
-    model, processor = load_for_stage(recipe)
-    traces = traces_for_stage(recipe, processor)
-    held_out, watched = held_out_traces(recipe, traces), watched_rows(recipe, traces)
-    trainer = make_trainer(recipe, model, processor, traces.rows, held_out, traces.validation, watched)
-    train_and_save(trainer, processor, recipe, traces.report)
+    with Lock(recipe.training.output_dir, held=recipe.training.process_index == 0):
+        model, processor = load_for_stage(recipe)
+        traces = traces_for_stage(recipe, processor)
+        held_out, watched = held_out_traces(recipe, traces), watched_rows(recipe, traces)
+        trainer = make_trainer(recipe, model, processor, traces.rows, held_out, traces.validation, watched)
+        train_and_save(trainer, processor, recipe, traces.report)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ the same command is given again. `--dry_run` prints the plan and stops.
 """
 
 from siq_vl import cli
-from siq_vl.training.loading import load_for_stage
-from siq_vl.training.plan import plan
+from siq_vl.locks import Lock
+from siq_vl.planning.plan import plan
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import hold_out, make_trainer, mixture_for_stage, train_and_save
+from siq_vl.training.starting_model import load_for_stage
 
 TASKS = {"1": "caption", "2": "answer"}
 
@@ -25,11 +26,12 @@ def main() -> None:
     if recipe.run.dry_run:
         cli.say(plan(recipe, task), recipe.training.process_index)
         return
-    model, processor = load_for_stage(recipe)
-    mixture = mixture_for_stage(recipe, task, processor)
-    rows, held_out = hold_out(recipe, mixture, task)
-    trainer = make_trainer(recipe, model, processor, rows, held_out)
-    train_and_save(trainer, processor, recipe, mixture.report)
+    with Lock(recipe.training.output_dir, held=recipe.training.process_index == 0):
+        model, processor = load_for_stage(recipe)
+        mixture = mixture_for_stage(recipe, task, processor)
+        rows, held_out = hold_out(recipe, mixture, task)
+        trainer = make_trainer(recipe, model, processor, rows, held_out)
+        train_and_save(trainer, processor, recipe, mixture.report)
 
 
 if __name__ == "__main__":

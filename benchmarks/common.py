@@ -22,8 +22,9 @@ sys.path.insert(0, str(REPO_ROOT))
 from siq_vl.configuration_siq_vl import SiQVLConfig  # noqa: E402
 from siq_vl.data.figures.dataset import sample  # noqa: E402
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration  # noqa: E402
+from siq_vl.planning.sizes import VISION_TOWER, model_config  # noqa: E402
 from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402
-from siq_vl.sizes import VISION_TOWER, model_config  # noqa: E402
+from siq_vl.results import write_results  # noqa: E402
 from siq_vl.training.backbones import stand_in_processor  # noqa: E402
 from siq_vl.training.recipes import ModelArguments  # noqa: E402
 
@@ -61,6 +62,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
         choices=CLOCKS,
         help="cpu: this process's processor time, for machines that do other work; without loader processes",
     )
+    parser.add_argument("--results", type=Path, metavar="FILE.json", help="keep the tables in this file, too")
     parser.add_argument("--quick", action="store_true", help="seconds, with figures that mean nothing: does it run?")
     return parser
 
@@ -201,7 +203,7 @@ def ratio_table(
         lower_is_better: for times and sizes.
     """
     baseline = [each[figure] for each in next(iter(measured.values()))]
-    lines = [f"| {figure} | {unit} | range | ratio | range |", "|---|---:|---:|---:|---:|"]
+    lines = [f"| {figure} | {unit} | range | ratio | range of ratios |", "|---|---:|---:|---:|---:|"]
     for name, runs in measured.items():
         values = [each[figure] for each in runs]
         pairs = zip(values, baseline, strict=True)
@@ -209,6 +211,12 @@ def ratio_table(
         cells = (f"{statistics.median(values):.4g}", _range(values), f"{statistics.median(ratios):.2f}", _range(ratios))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table without padding."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _range(values: Sequence[float]) -> str:
@@ -221,3 +229,15 @@ def environment(options: argparse.Namespace) -> str:
     precision = "bf16" if options.bf16 else "float32"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{device}; {versions}; {precision}; shape {options.shape}; median of {options.repetitions}, {options.clock} clock"
+
+
+def keep(options: argparse.Namespace, tables: Mapping[str, str], figures: Mapping[str, object] | None = None) -> None:
+    """Keep Markdown tables and further figures in the results file, if one is wanted."""
+    if options.results is not None:
+        write_results(options.results, tables, {"measured on": environment(options), **(figures or {})})
+
+
+def show(options: argparse.Namespace, tables: Mapping[str, str]) -> None:
+    """Print Markdown tables, and keep them in the results file, if one is wanted."""
+    print("\n\n".join(tables.values()))
+    keep(options, tables)

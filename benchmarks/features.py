@@ -95,8 +95,8 @@ def main() -> None:
         )
     print(common.environment(options))
     print(f"stage {options.stage}, {options.rows} rows, {options.epochs} epochs, batches of {options.batch_size}\n")
-    for figure in ("first epoch", "all epochs"):
-        print(common.ratio_table(measured, figure, "samples/s"), end="\n\n")
+    figures = ("first epoch", "all epochs")
+    common.show(options, {figure: common.ratio_table(measured, figure, "samples/s") for figure in figures})
 
 
 if __name__ == "__main__":

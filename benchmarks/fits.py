@@ -1,7 +1,7 @@
 """
 What fits where: batch, accumulation and peak memory of every stage on cards of 6 to 24 GB.
 
-    python benchmarks/fits.py                   # no GPU: the prediction of `siq_vl.sizes`, marked as such
+    python benchmarks/fits.py                   # no GPU: the prediction of `siq_vl.planning.sizes`, marked as such
     python benchmarks/fits.py --device cuda     # measured, each card by `torch.cuda.set_per_process_memory_fraction`
 
 Random weights in full size, pictures of 512 pixels (256 tokens), bfloat16, frozen weights in bfloat16, gradient
@@ -12,6 +12,7 @@ driver, the display and fragmentation.
 import argparse
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -23,7 +24,7 @@ from transformers import PretrainedConfig
 from trl.trainer.utils import get_peak_flops
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
-from siq_vl.sizes import Sizes, count, training_memory
+from siq_vl.planning.sizes import Sizes, count, training_memory
 from siq_vl.training.recipes import AdapterArguments
 
 CARDS = (6, 8, 12, 16, 24)  # GB, as sold: 2**30 bytes each
@@ -145,14 +146,14 @@ def sizes_of(model: str, stage: str, lora_r: int) -> tuple[SiQVLConfig, Sizes]:
     return config, count(config, stage, AdapterArguments(lora_r=lora_r))
 
 
-def row(run: Run, card: int, options: argparse.Namespace) -> str:
-    """Return a line of the table."""
+def row(run: Run, card: int, options: argparse.Namespace) -> list[str]:
+    """Return a line of the table, as cells."""
     config, sizes = sizes_of(run.model, run.stage, options.lora_r)
-    start = f"| {card} GB | {run.model.upper()} | {run.stage} | {run.method} |"
+    start = [f"{card} GB", run.model.upper(), run.stage, run.method]
     batch_size = largest_batch(run, config, sizes, int((card - options.reserve) * GIB))
     if not batch_size:
         least = predicted(run, config, sizes, 1) / GIB
-        return f"{start} does not fit | | {least:.1f} | | |"
+        return [*start, "does not fit", "", f"{least:.1f}", "", ""]
     gib, tokens, share = predicted(run, config, sizes, batch_size) / GIB, None, None
     if options.device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
@@ -164,10 +165,20 @@ def row(run: Run, card: int, options: argparse.Namespace) -> str:
             except torch.cuda.OutOfMemoryError:
                 batch_size //= 2
         if not batch_size:
-            return f"{start} does not fit | | | | |"
+            return [*start, "does not fit", "", "", "", ""]
     speed = "" if tokens is None else f"{tokens:,.0f}"
     used = "" if share is None else f"{share:.0%}"
-    return f"{start} {batch_size} | {EFFECTIVE_BATCH // batch_size} | {gib:.1f} | {speed} | {used} |"
+    return [*start, str(batch_size), str(EFFECTIVE_BATCH // batch_size), f"{gib:.1f}", speed, used]
+
+
+def by_card(rows: Sequence[Sequence[str]]) -> str:
+    """Return the rows with a column a card: the batch, and its peak in GiB."""
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for card, model, stage, method, batch, _, peak, *_ in rows:
+        cells.setdefault((model, stage, method), {})[card] = f"{batch} ({peak})" if batch.isdigit() else batch
+    cards = list(dict.fromkeys(each[0] for each in rows))
+    lines = [[*run, *(by[card] for card in cards)] for run, by in cells.items()]
+    return common.table(["model", "stage", "trains", *cards], lines)
 
 
 def main() -> None:
@@ -185,11 +196,15 @@ def main() -> None:
     logging.disable(logging.WARNING)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "PREDICTION, nothing was measured"
     print(f"{where}; rows of {options.length} tokens, of {options.long} in stage 3; LoRA r={options.lora_r}\n")
-    print("| card | model | stage | method | batch | accumulation | peak GiB | tokens/s | MFU |")
-    print("|---:|---|---|---|---:|---:|---:|---:|---:|")
+    header = ["card", "model", "stage", "method", "batch", "accumulation", "peak GiB", "tokens/s", "MFU"]
+    print(common.table(header, []))
+    rows = []
     for card, model, (stage, method, nf4) in product(options.cards, options.models, RUNS):
         run = Run(model, stage, method, nf4, options.long if stage == "3" else options.length)
-        print(row(run, card, options), flush=True)
+        rows.append(row(run, card, options))
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
+    print(f"\n{by_card(rows)}")
+    common.keep(options, {"fits": common.table(header, rows), "by card": by_card(rows)}, {"kind": where})
 
 
 if __name__ == "__main__":

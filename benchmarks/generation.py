@@ -67,7 +67,8 @@ def main() -> None:
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     models = [model.to(options.device, dtype) for model in (twin, ours)]
     static = {"cache_implementation": "static", "disable_compile": not options.compile}
-    print(common.environment(options))
+    print(common.environment(options) + "\n")
+    tables = {}
     for batch_size in options.batch_sizes:
         theirs = prepared(models[0], twin_processor, batch_size, options, nested=True)
         inputs = prepared(models[1], processor, batch_size, options, nested=False)
@@ -80,9 +81,13 @@ def main() -> None:
             },
             options.repetitions,
         )
-        print(f"\nbatch of {batch_size}, {inputs['input_ids'].shape[1]} tokens of prompt\n")
-        print(common.ratio_table(measured, "time to first token", "s", lower_is_better=True) + "\n")
-        print(common.ratio_table(measured, "decoding", "tokens/s"))
+        rows = f"batch of {batch_size}, {inputs['input_ids'].shape[1]} tokens of prompt"
+        first = common.ratio_table(measured, "time to first token", "s", lower_is_better=True)
+        decoding = common.ratio_table(measured, "decoding", "tokens/s")
+        tables |= {f"first token, {rows}": first, f"decoding, {rows}": decoding}
+    for name, table in tables.items():
+        print(f"{name}\n\n{table}\n")
+    common.keep(options, tables)
 
 
 if __name__ == "__main__":

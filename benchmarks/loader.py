@@ -15,7 +15,7 @@ import common
 from torch.utils.data import DataLoader
 
 from siq_vl.data.collation import ConversationCollator
-from siq_vl.data.features_build import FeatureArguments, cached_rows
+from siq_vl.data.feature_cache.build import FeatureArguments, cached_rows
 from siq_vl.data.mixtures import MixtureConfig, build_mixture
 from siq_vl.data.sources import SourceConfig
 
@@ -54,7 +54,7 @@ def main() -> None:
                 )
         measured = common.interleaved(variants, options.repetitions)
     print(common.environment(options) + "\n")
-    print(common.ratio_table(measured, "loading", "samples/s"))
+    common.show(options, {"loading": common.ratio_table(measured, "loading", "samples/s")})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Peak memory of training against the prediction of `python -m siq_vl.sizes`.
+Peak memory of training against the prediction of `python -m siq_vl.planning.sizes`.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --shape 0.5b --device cuda --batch_sizes 1 4 --length 1024
@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback
 
 from siq_vl.data.figures.rows import training_rows
-from siq_vl.sizes import MIB, count, training_memory
+from siq_vl.planning.sizes import MIB, count, training_memory
 from siq_vl.training.quantization import load_nf4
 from siq_vl.training.recipes import STAGES, Recipe, parse_recipe
 from siq_vl.training.run import make_trainer
@@ -162,14 +162,19 @@ def main() -> None:
     logging.disable(logging.WARNING)
     methods = list(METHODS) if not options.quick else ["stage 1", "LoRA"]  # NF4 wants layers of 64 inputs
     print(f"{common.environment(options)}\nrows of {options.length} tokens, {options.supervised} of them supervised\n")
-    print("| run | checkpointing | batch | measured MiB | predicted MiB | error |\n|---|---|---:|---:|---:|---:|")
+    lines: list[list[str]] = []
+    errors = []
     for setting in (Setting(*each) for each in product(methods, (False, True), options.batch_sizes)):
         measured, predicted = measured_peak(options, setting), predicted_peak(options, setting)
         error = predicted.total / measured - 1
-        cells = (setting.method, "yes" if setting.checkpointing else "no", setting.batch_size)
-        print(f"| {' | '.join(map(str, cells))} | {measured / MIB:.1f} | {predicted.total / MIB:.1f} | {error:+.1%} |")
+        cells = [setting.method, "yes" if setting.checkpointing else "no", str(setting.batch_size)]
+        lines.append([*cells, f"{measured / MIB:.1f}", f"{predicted.total / MIB:.1f}", f"{error:+.1%}"])
+        errors.append(abs(error))
         if options.parts:
-            print({name: round(value / MIB, 1) for name, value in vars(predicted).items()})
+            print(lines[-1], {name: round(value / MIB, 1) for name, value in vars(predicted).items()})
+    table = common.table(["run", "checkpointing", "batch", "measured MiB", "predicted MiB", "error"], lines)
+    print(f"{table}\n\nlargest error: {max(errors):.1%}")
+    common.keep(options, {"memory": table}, {"largest error in percent": round(100 * max(errors), 1)})
 
 
 if __name__ == "__main__":

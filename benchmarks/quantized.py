@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from common import REPO_ROOT
 
-from siq_vl.evaluation.figures import held_out_items
 from siq_vl.evaluation.generation import generate_texts
+from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.predictions import judge
 from siq_vl.loading import load_checkpoint
 

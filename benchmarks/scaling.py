@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.figures.rows import training_rows
-from siq_vl.sizes import MIB
+from siq_vl.planning.sizes import MIB
 
 
 def step_batch(config, length: int, images: int) -> dict[str, torch.Tensor]:
@@ -80,6 +80,7 @@ def main() -> None:
     model = copy.deepcopy(model).to(options.device).requires_grad_(False).train()
     model.model.projector.requires_grad_(True)
     print(common.environment(options))
+    tables = {}
     longest = max(options.images) * model.config.image_seq_length + 128
     sweeps = {
         "tokens a row": {str(n): step_batch(model.config, n, 1) for n in options.lengths},
@@ -90,10 +91,12 @@ def main() -> None:
         measured = common.interleaved(variants, options.repetitions)
         print(f"\n{title}; a ratio of 0.5 is twice the cost\n")
         for figure, unit in (("step", "s"), ("memory", "MiB")):
-            print(common.ratio_table(measured, figure, unit, lower_is_better=True) + "\n")
-    print("| rows of the data set | MiB resident |\n|---:|---:|")
-    for size, resident in resident_by_size(options, processor):
-        print(f"| {size:,} | {resident:.0f} |")
+            tables[f"{title}, {figure}"] = common.ratio_table(measured, figure, unit, lower_is_better=True)
+            print(tables[f"{title}, {figure}"] + "\n")
+    resident = [[f"{size:,}", f"{mib:.0f}"] for size, mib in resident_by_size(options, processor)]
+    tables["data"] = common.table(["rows of the data set", "MiB resident"], resident)
+    print(tables["data"])
+    common.keep(options, tables)
 
 
 if __name__ == "__main__":

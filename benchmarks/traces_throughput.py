@@ -27,11 +27,11 @@ sys.path.insert(0, str(REPO_ROOT))
 from siq_vl.distill.pipeline import Run  # noqa: E402
 from siq_vl.distill.prompts import Prompts  # noqa: E402
 from siq_vl.distill.questions import TraceQuestion, figure_questions  # noqa: E402
-from siq_vl.distill.selection import Selection, announce, settle  # noqa: E402
-from siq_vl.distill.summary import summarize  # noqa: E402
+from siq_vl.distill.selection import Selection, record_rules, update_verdicts  # noqa: E402
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher  # noqa: E402
 from siq_vl.distill.traces import TraceStore  # noqa: E402
 from siq_vl.distill.verification import Verification  # noqa: E402
+from siq_vl.distill.yields import store_yield  # noqa: E402
 
 
 def watched(questions: Iterator[TraceQuestion], count: int, seen: list[tuple[int, float]]) -> Iterator[TraceQuestion]:
@@ -59,18 +59,19 @@ def main() -> None:
     memory: list[tuple[int, float]] = []
     try:
         url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
-        settings = ServerSettings("adder", [f"{url}/v1"], sampling={"max_tokens": 64}, in_flight=options.in_flight)
-        rules = Verification(skip=("answer",))  # the server answers none of the questions
+        settings = ServerSettings([f"{url}/v1"], in_flight=options.in_flight)
+        rules = Verification(skip_rules=["answer"])  # the server answers none of the questions
         with tempfile.TemporaryDirectory() as folder, TraceStore(Path(folder)) as store:
-            announce(store, rules)
+            record_rules(store, rules)
             started, cpu = time.perf_counter(), time.process_time()
             questions = watched(figure_questions(options.count), options.count, memory)
-            progress = Run(ServerTeacher(settings), Prompts(), store, rules).over(questions, options.count)
+            teacher = ServerTeacher("adder", settings, sampling={"max_tokens": 64})
+            progress = Run(teacher, Prompts(), store, rules).over(questions, options.count)
             seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
             counts = json.load(urlopen(f"{url}/counts"))
-            settle(store, rules, Selection())
+            update_verdicts(store, rules, Selection())
             settled = psutil.Process().memory_info().rss / 2**20
-            made = summarize(Path(folder)).made
+            made = store_yield(Path(folder)).made
     finally:
         server.kill()
     capacity = options.slots / options.latency

@@ -174,8 +174,8 @@ def compare(options, variants: Callable) -> None:
         measured = common.interleaved(variants(options), options.repetitions, warm_up=False)
     print(common.environment(options))
     print(f"{options.rows} rows, {options.long_share:.0%} of them long, batches of {options.batch_size}\n")
-    for figure in ("first epoch", f"{options.epochs} epochs"):
-        print(common.ratio_table(measured, figure, "samples/s") + "\n")
+    figures = ("first epoch", f"{options.epochs} epochs")
+    common.show(options, {figure: common.ratio_table(measured, figure, "samples/s") for figure in figures})
 
 
 def main() -> None:

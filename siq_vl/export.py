@@ -85,6 +85,12 @@ def check_expressible(config: SiQVLConfig, processor: SiQVLProcessor) -> None:
         ValueError: the projector has more than one layer, pictures are not resized to one square of the tower's size, the
             grid of patches would be padded, or Idefics3 would round positions in it wrongly.
     """
+    decoder = config.text_config.model_type
+    if decoder in ("granite", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text"):
+        raise ValueError(
+            f"The language model is of type {decoder!r}, which scales or caps its logits or embeddings, but Idefics3 does "
+            "not: only checkpoints with another language model can be exported."
+        )
     size, tiles = processor.image_processor.size, processor.max_tiles
     if (size["height"], size["width"], tiles) != (config.vision_config.image_size, config.vision_config.image_size, 1):
         raise ValueError(

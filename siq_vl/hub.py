@@ -21,7 +21,16 @@ CURVE_FILE, EMERGENCE_FIGURE = "learning_curve.svg", "emergence.svg"
 BEFORE_AFTER_FILE = "before_after.md"
 
 # A trainer's own checkpoints and logs, and pictures of held-out data, stay at home.
-NOT_PUSHED = ["checkpoint-*", "checkpoint-*/**", ".incomplete/**", "runs/**", "wandb/**", "trackio/**", "samples.*"]
+NOT_PUSHED = [
+    "checkpoint-*",
+    "checkpoint-*/**",
+    ".incomplete/**",
+    "runs/**",
+    "wandb/**",
+    "trackio/**",
+    "samples.*",
+    ".lock",
+]
 _ATTEMPTS = 5
 _WAIT_SECONDS = 2.0
 # What the library under huggingface_hub raises where no answer comes: requests' errors are OSErrors, httpx's have this
@@ -36,7 +45,7 @@ _CARD = """\
 
 # SiQ-VL, stage {stage}: {title}
 
-A SigLIP vision tower, a pixel-shuffle projector and a Qwen2 language model, after stage {stage} ({title}) of recipe
+A SigLIP vision tower, a pixel-shuffle projector and a {decoder} language model, after stage {stage} ({title}) of recipe
 `{recipe}`.
 {warning}
 ```python
@@ -89,6 +98,7 @@ def model_card(
         stage=settings["stage"],
         title=STAGE_TITLES[settings["stage"]],
         recipe=settings["recipe"],
+        decoder=settings.get("decoder", "decoder-only"),
         warning=_RANDOM_WARNING if settings["model"].get("random_weights") else "",
         load=load,
         rows="\n".join(f"| {name} | {value} |" for name, value in _facts(settings).items()),

@@ -107,10 +107,10 @@ class Server:
 
 
 @contextmanager
-def serving(**options) -> Iterator[tuple[Server, str]]:
-    """Run a server in a thread; yields it and its base URL."""
-    loop, started = asyncio.new_event_loop(), threading.Event()
-    server, address = Server(**options), []
+def serving(server: Server | None = None, **options) -> Iterator[tuple[Server, str]]:
+    """Run a server, by default one that is made with the options, in a thread; yields it and its base URL."""
+    loop, started, address = asyncio.new_event_loop(), threading.Event(), []
+    server = server or Server(**options)
 
     async def start() -> None:
         listening = await asyncio.start_server(server.serve, "127.0.0.1", 0, limit=1 << 26, backlog=1024)

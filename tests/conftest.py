@@ -49,13 +49,17 @@ TEXT = {
 }
 
 
+BEGAN_WITH = frozenset(os.environ)
+
 # What all else stands on is tested first, and what trains or starts many processes last; all others in between.
 FIRST = ("test_modeling", "test_processing", "test_images", "test_checkpoint", "test_recipes", "test_data")
 LAST = ("test_traces", "test_training", "test_resume", "test_distributed", "test_shipped", "test_majors", "test_readme")
 
 
-def pytest_collection_modifyitems(items):
-    """Orders the test files by what they protect; the order within a file stays."""
+def pytest_collection_modifyitems(config, items):
+    """Orders the test files by what they protect; the order within a file stays. A random order is left as it is."""
+    if config.getoption("random_order_enabled", False):
+        return
 
     def place(item) -> int:
         name = Path(item.fspath).stem
@@ -71,6 +75,18 @@ def data_cache(tmp_path_factory):
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was():
+    """No test sees what another has left in the environment; accelerate leaves the precision of the last trainer there."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in BEGAN_WITH]:
+        del os.environ[name]
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if name != "PYTEST_CURRENT_TEST"})
 
 
 @pytest.fixture

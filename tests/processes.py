@@ -4,6 +4,6 @@ import multiprocessing
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["trl", "peft", "siq_vl.distill.options", "siq_vl.distill.page", "siq_vl.distill.card"]
+    ["trl", "peft", "siq_vl.distill.options", "siq_vl.distill.store_page", "siq_vl.distill.card"]
     + ["siq_vl.distill.teachers.server", "siq_vl.training.run"]
 )

@@ -11,11 +11,11 @@ from transformers import TrainerCallback
 
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
-from siq_vl.training.loading import load_for_stage
 from siq_vl.training.quantization import load_nf4
 from siq_vl.training.recipes import AdapterArguments, parse_recipe
 from siq_vl.training.run import make_trainer, train_and_save
 from siq_vl.training.stages import count_parameters, freeze_for_stage
+from siq_vl.training.starting_model import load_for_stage
 
 pytestmark = pytest.mark.usefixtures("own_precision")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siq_vl.evaluation.answers import KINDS, agrees, is_correct, is_well_formed, number_in, parse, plain_answer, read
+from siq_vl.parsing.answers import KINDS, agrees, is_correct, is_well_formed, number_in, parse, plain_answer, read
 
 NARROW = "\u202f"  # narrow no-break space, as French and the SI write thousands
 

@@ -11,8 +11,9 @@ from transformers import SiglipVisionModel
 from siq_vl.configuration_siq_vl import tile_grid, tiles_per_image
 from siq_vl.data.figures.drawing import canvas, write
 from siq_vl.data.figures.rows import user_turn
-from siq_vl.evaluation.figures import held_out_items
+from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.predictions import judge
+from siq_vl.evaluation.shifts import in_a_quarter
 from siq_vl.loading import load_checkpoint
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
@@ -345,10 +346,7 @@ class TestWhatTilesKeep:
         """The tower sees the figure as if it were alone, so the model reads it there; in the plain resize it cannot."""
         model, processor = shipped
         items = [item for item in held_out_items(30) if item.group == "held out"]
-        large = []
-        for index, item in enumerate(items):
-            large.append(Image.new("RGB", (192, 192), item.image.getpixel((0, 0))))
-            large[-1].paste(item.image, (96 * (index % 2), 96 * (index // 2 % 2)))
+        large = [in_a_quarter(item.image, index % 4) for index, item in enumerate(items)]
         tiles = pixels(processor, large, max_tiles=4).unflatten(0, (len(items), 5))
         quarter, thumbnail = tiles[torch.arange(len(items)), torch.arange(len(items)) % 4], tiles[:, 4]
         assert torch.equal(quarter, pixels(processor, [item.image for item in items]))

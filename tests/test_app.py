@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import pytest
 from PIL import Image
 
-from siq_vl.data.figures.dataset import Sample, sample
+from siq_vl.data.figures.dataset import FigureSample, sample
 from siq_vl.loading import load_checkpoint
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,7 @@ from playwright.sync_api import Browser, BrowserContext, Error, Page, expect, sy
 
 from app import checkpoints  # noqa: E402
 from siq_vl.page.layout import build_page, held_out_examples, launch_options  # noqa: E402
-from siq_vl.page.streaming import Talker  # noqa: E402
+from siq_vl.page.streaming import StreamingModel  # noqa: E402
 
 HOSTILE = "What color is the <img src=x onerror=\"document.title='owned'\"> {{value}} ${1 + 1}?"
 DONE = ".siq-card[data-state=done]"
@@ -49,8 +49,8 @@ def browser():
         browser.close()
 
 
-class Gate(Talker):
-    """A talker that a test can hold: `before` runs before each answer, an `endless` one never ends, `closed` says that it did."""
+class Gate(StreamingModel):
+    """A model that a test can hold: `before` runs before each answer, an `endless` one never ends, `closed` says that it did."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -68,7 +68,7 @@ class Gate(Talker):
 
 
 @pytest.fixture(scope="module")
-def talker() -> Gate:
+def streaming() -> Gate:
     return Gate("stage 3", *load_checkpoint(str(REPO_ROOT)))
 
 
@@ -76,8 +76,8 @@ def talker() -> Gate:
 def serve():
     pages = []
 
-    def start(*talkers) -> str:
-        page = build_page(talkers)
+    def start(*models) -> str:
+        page = build_page(models)
         pages.append(page)
         _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **launch_options())
         return address
@@ -89,8 +89,8 @@ def serve():
 
 
 @pytest.fixture(scope="module")
-def address(serve, talker) -> str:
-    return serve(talker)
+def address(serve, streaming) -> str:
+    return serve(streaming)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def visit(browser: Browser):
 def put(tmp_path):
     """Puts a picture of a drawn figure, its question, or something else, into the page."""
 
-    def fill(page: Page, drawn: Sample, question: str | None = None) -> None:
+    def fill(page: Page, drawn: FigureSample, question: str | None = None) -> None:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
         drawn.image.save(path)
         upload(page, path)
@@ -151,7 +151,7 @@ def answer_of(page: Page, card: int = 0):
     return page.locator(DONE).nth(card).locator(".siq-answer p label > span").first
 
 
-def figure(place: int) -> Sample:
+def figure(place: int) -> FigureSample:
     return sample("test", place, domain="charts", hard=False)
 
 
@@ -256,13 +256,13 @@ def test_html_in_a_question_is_shown_as_text(visit, address):
     assert page.title() == "SiQ-VL"
 
 
-def test_two_users_at_once_get_their_own_answers(visit, put, address, talker):
+def test_two_users_at_once_get_their_own_answers(visit, put, address, streaming):
     drawn = [figure(0), figure(3)]
     pages = [visit(address), visit(address)]
     for page, one in zip(pages, drawn, strict=True):
         put(page, one)
     both = threading.Barrier(2, timeout=20)  # neither answer begins before the other is under way
-    talker.before = both.wait
+    streaming.before = both.wait
     try:
         for page in pages:
             ask(page)
@@ -270,15 +270,15 @@ def test_two_users_at_once_get_their_own_answers(visit, put, address, talker):
             expect(page.locator(".siq-question")).to_have_text(one.question.text, timeout=30_000)
             expect(answer_of(page)).to_have_text(one.question.answer, timeout=30_000)
     finally:
-        talker.before = lambda: None
+        streaming.before = lambda: None
     assert drawn[0].question.answer != drawn[1].question.answer and not both.broken
 
 
 @pytest.mark.parametrize("leave", ["stop", "close"])
-def test_an_answer_ends_when_it_is_stopped_or_its_page_is_closed(visit, address, talker, leave):
+def test_an_answer_ends_when_it_is_stopped_or_its_page_is_closed(visit, address, streaming, leave):
     page = visit(address)
-    talker.endless = True
-    talker.closed.clear()
+    streaming.endless = True
+    streaming.closed.clear()
     try:
         ask(page)
         expect(page.locator(".siq-card[data-state=thinking]")).to_have_count(1, timeout=30_000)
@@ -287,17 +287,17 @@ def test_an_answer_ends_when_it_is_stopped_or_its_page_is_closed(visit, address,
         else:
             page.locator("#stop").click()
             expect(page.locator(".siq-card[data-state=stopped]")).to_have_count(1, timeout=30_000)
-        assert talker.closed.wait(30)
+        assert streaming.closed.wait(30)
     finally:
-        talker.endless = False
+        streaming.endless = False
     if leave == "stop":
         ask(page)
         expect(page.locator(DONE)).to_have_count(1, timeout=30_000)
 
 
-def test_two_checkpoints_answer_side_by_side(visit, put, serve, talker):
-    other = Talker("another", talker.model, talker.processor, 12)
-    page, drawn = visit(serve(talker, other)), figure(3)
+def test_two_checkpoints_answer_side_by_side(visit, put, serve, streaming):
+    other = StreamingModel("another", streaming.model, streaming.processor, 12)
+    page, drawn = visit(serve(streaming, other)), figure(3)
     put(page, drawn)
     ask(page)
     expect(page.locator(DONE)).to_have_count(2, timeout=30_000)
@@ -310,8 +310,8 @@ def test_two_checkpoints_answer_side_by_side(visit, put, serve, talker):
 
 
 @pytest.mark.parametrize("marked", [True, False], ids=["as a file", "unmarked"])
-def test_only_what_was_uploaded_is_opened(serve, talker, marked):
-    address = serve(talker)
+def test_only_what_was_uploaded_is_opened(serve, streaming, marked):
+    address = serve(streaming)
     (check,) = [place for place, event in serve.pages[-1].fns.items() if event.name == "_check"]
     upload = {"path": str(REPO_ROOT / "docs" / "app.png")}
     if marked:

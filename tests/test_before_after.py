@@ -13,10 +13,10 @@ from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.figures.rows import assistant_turn, reasoned
 from siq_vl.data.sources import Source, SourceConfig
 from siq_vl.evaluation import predictions as kept
-from siq_vl.evaluation.figures import held_out_items
+from siq_vl.evaluation.held_out import held_out_items
+from siq_vl.evaluation.items import items_of
 from siq_vl.evaluation.losses import reference_losses
-from siq_vl.evaluation.questions import items_of
-from siq_vl.evaluation.summary import before_after
+from siq_vl.evaluation.scores import before_after
 from siq_vl.hub import model_card, write_card
 
 

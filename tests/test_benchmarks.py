@@ -9,9 +9,13 @@ import pytest
 import torch
 from conftest import REPO_ROOT
 from peft import get_peft_model
+from PIL import Image, ImageChops
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging as transformers_logging
 
+from siq_vl.evaluation.intervals import clustered_ratio
+from siq_vl.evaluation.predictions import judge
+from siq_vl.results import by_name, read_results, table_rows
 from siq_vl.training.recipes import AdapterArguments
 from siq_vl.training.stages import count_parameters, freeze_for_stage
 
@@ -43,10 +47,70 @@ def as_it_was(monkeypatch):
 @pytest.mark.parametrize("name", SHOWN)
 def test_runs(name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [name, "--quick"])
+    monkeypatch.setattr(sys, "argv", [name, "--quick", "--results", "kept.json"])
     runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert all(text in printed for text in SHOWN[name])
+    lines = [line for table in read_results(tmp_path / "kept.json")["tables"].values() for line in table]
+    assert lines and all(f"| {' | '.join(line)} |" in printed for line in lines)
+
+
+def test_tiles_are_measured_as_a_user_gets_them(monkeypatch, capsys, tmp_path, processor):
+    """All tiles and the thumbnail of pictures that show the whole figure, mostly across the borders of tiles."""
+    import anyres
+
+    asked = {}
+
+    def predict(model, processor, items):
+        asked[len(asked)] = processor.max_tiles, [item.image for item in items]
+        return [judge(item, f"<answer>{item.answer}</answer>") for item in items]
+
+    monkeypatch.setattr(anyres, "predict", predict)
+    monkeypatch.setattr(anyres, "load_checkpoint", lambda path: (None, processor))
+    results = tmp_path / "anyres.json"
+    monkeypatch.setattr(sys, "argv", ["anyres", "--count", "8", "--results", str(results)])
+    anyres.main()
+    lines = table_rows(capsys.readouterr().out)
+    assert [line[:4] for line in lines[1:]] == [
+        ["in one tile", "all tiles and the thumbnail", "8", "8"],
+        ["in one tile", "plain resize", "8", "8"],
+        ["in one tile", "upper bound: the right tile alone", "8", "8"],
+        ["anywhere", "all tiles and the thumbnail", "8", "8"],
+        ["anywhere", "plain resize", "8", "8"],
+    ]
+    assert read_results(results)["tables"]["anyres"] == lines
+    assert [tiles for tiles, _ in asked.values()] == [4, 1, 1, 4, 1]
+    alone, straddling = asked[2][1], 0
+    for _, pictures in (asked[0], asked[3]):
+        for figure, picture in zip(alone, pictures, strict=True):
+            assert picture.size == (192, 192) and len(processor(images=picture, max_tiles=4)["pixel_values"]) == 5
+            blank = Image.new("RGB", picture.size, picture.getpixel((0, 0)))
+            left, top, right, bottom = ImageChops.difference(picture, blank).getbbox()
+            inner = ImageChops.difference(figure, blank.crop((0, 0, 96, 96))).getbbox()
+            drawn = picture.crop((left, top, right, bottom))
+            assert drawn.tobytes() == figure.crop(inner).tobytes()
+            straddling += left < 96 < right or top < 96 < bottom
+    assert straddling >= 6
+
+
+def test_questions_are_counted(monkeypatch, capsys, tmp_path):
+    import questions
+
+    monkeypatch.setattr(sys, "argv", ["questions", "--count", "30", "--share", "0.001"])
+    questions.main()
+    lines = by_name(table_rows(capsys.readouterr().out))
+    assert lines["all"]["n"] == "30" and lines["new combinations"]["n"] == "6"
+    assert {line["in the language model's text"] for line in lines.values()} == {"0"}
+    twice = [questions.sample("test", index, hard=False) for index in (0, 0, 1, 2)]
+    assert questions.widest(twice) == pytest.approx((6 / 4) ** 0.5)
+
+
+def test_a_cluster_counts_once():
+    """Four scores in two clusters that agree are two scores: the error is sqrt(2) times as large."""
+    assert clustered_ratio([0, 0, 1, 1], ["a", "a", "b", "b"]) == pytest.approx(2**0.5)
+    assert clustered_ratio([0, 0, 1, 1], ["a", "b", "c", "d"]) == pytest.approx(1)
+    with pytest.raises(ValueError, match="got 2 scores, 1 of them distinct, and 2 clusters"):
+        clustered_ratio([1, 1], ["a", "b"])
 
 
 def test_ratios_are_taken_within_a_round():

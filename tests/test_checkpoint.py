@@ -2,13 +2,17 @@
 
 import ast
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
 
 from siq_vl.configuration_siq_vl import AUTO_MAP, TRANSFORMERS_4
+from siq_vl.loading import load_checkpoint
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
@@ -145,3 +149,142 @@ def test_code_files_travel_well(name):
     imports = sum(isinstance(node, ast.ImportFrom) and bool(node.level) for node in ast.walk(tree))
     assert sum(line.strip().startswith("from .") for line in source.splitlines()) == imports
     assert "TYPE_CHECKING" not in source
+
+
+class TestDamage:
+    """A checkpoint that is not whole is refused with the file's name and the cure, whichever file it is."""
+
+    @pytest.fixture(scope="class")
+    def kept(self, tmp_path_factory):
+        """The shipped checkpoint, without its code files; each test damages a copy."""
+        folder = tmp_path_factory.mktemp("kept")
+        for file in [*REPO_ROOT.glob("*.json"), REPO_ROOT / "chat_template.jinja", REPO_ROOT / "model.safetensors"]:
+            shutil.copy(file, folder)
+        return folder
+
+    @pytest.fixture
+    def folder(self, kept, tmp_path):
+        """Files that may be written anew, but not into: the weights of all copies are one file."""
+        folder = tmp_path / "copy"
+        shutil.copytree(kept, folder, copy_function=lambda source, target: Path(target).hardlink_to(source))
+        return folder
+
+    @staticmethod
+    def replace(file, contents: bytes):
+        file.unlink()
+        file.write_bytes(contents)
+
+    def change(self, file, **changes):
+        fields = json.loads(file.read_text())
+        for name, value in changes.items():
+            place = fields
+            *parents, last = name.split("__")
+            for parent in parents:
+                place = place[parent]
+            place[last] = value
+        self.replace(file, json.dumps(fields).encode())
+
+    def refused(self, folder, message):
+        with pytest.raises(ValueError, match=message) as error:
+            load_checkpoint(str(folder))
+        cures = "copy|save|pass another|correct|set one|choose|install|train it first|look it up|is the usual"
+        assert re.search(cures, str(error.value))
+
+    def test_undamaged(self, folder):
+        model, processor = load_checkpoint(str(folder))
+        assert not model.training and processor.image_seq_length == model.config.image_seq_length
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "preprocessor_config.json",
+            "processor_config.json",
+            "chat_template.jinja",
+        ],
+    )
+    @pytest.mark.parametrize("damage", ["absent", "empty", "cut off", "binary", "another's"])
+    def test_a_file(self, folder, name, damage):
+        file = folder / name
+        contents = file.read_bytes()
+        if damage == "absent":
+            file.unlink()
+        else:
+            another = {"cut off": contents[: 2 * len(contents) // 3], "binary": bytes(range(256)), "another's": b"[1]"}
+            self.replace(file, another.get(damage, b""))
+        expected = re.escape(name) if damage != "absent" or name != "config.json" else "no config.json"
+        self.refused(folder, expected)
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "message"),
+        [
+            ("config.json", {"model_type": "llava"}, "of a model of type 'llava', not 'siq_vl'"),
+            ("config.json", {"text_config__model_type": "unheard_of"}, "text_config does not describe a model of type"),
+            (
+                "config.json",
+                {"text_config__hidden_size": "a"},
+                "(text_config does not describe|config.json and its weights)",
+            ),
+            (
+                "config.json",
+                {"text_config__hidden_size": 48},
+                "config.json and its weights are damaged or not of one model",
+            ),
+            ("config.json", {"vision_config__image_size": None}, "vision_config"),
+            ("config.json", {"pixel_shuffle_factor": 1}, "config.json and its weights are damaged or not of one model"),
+            (
+                "config.json",
+                {"projector_type": "mlp"},
+                "lacks weights that its config.json asks for: 2, model.projector",
+            ),
+            (
+                "config.json",
+                {"projector_bias": False},
+                "holds weights that its config.json has no place for: 1, model.proj",
+            ),
+            ("processor_config.json", {"patch_size": 7}, "patch_size is 7 in the processor .* and 12 in config.json"),
+            ("processor_config.json", {"pixel_shuffle_factor": 3}, "pixel_shuffle_factor is 3 in the processor"),
+            ("preprocessor_config.json", {"image_mean": "a"}, "preprocessor_config.json is damaged"),
+            (
+                "preprocessor_config.json",
+                {"image_processor_type": "Unheard"},
+                "no preprocessor_config.json that can be read",
+            ),
+        ],
+    )
+    def test_a_field(self, folder, name, changes, message):
+        self.change(folder / name, **changes)
+        self.refused(folder, message)
+
+    @pytest.mark.parametrize(
+        "lost", ["model.projector.", "model.vision_tower.encoder.layers.0.", "model.language_model.norm"]
+    )
+    def test_lost_weights(self, folder, lost):
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        save_file(
+            {name: weight for name, weight in weights.items() if not name.startswith(lost)},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
+        self.refused(folder, rf"lacks weights that its config.json asks for: \d+, {lost}")
+
+    def test_a_lost_shard(self, checkpoint):
+        model = SiQVLForConditionalGeneration.from_pretrained(checkpoint)
+        (checkpoint / "model.safetensors").unlink()
+        model.save_pretrained(checkpoint, max_shard_size="40KB")
+        load_checkpoint(str(checkpoint))
+        shard = next(checkpoint.glob("model-00002-*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-100])
+        self.refused(checkpoint, f"{shard.name} is damaged")
+        shard.unlink()
+        self.refused(checkpoint, f"{shard.name} is not there, which model.safetensors.index.json names")
+
+    @pytest.mark.parametrize("loader", [AutoProcessor, SiQVLProcessor])
+    def test_plain_loading_of_the_processor(self, checkpoint, loader):
+        self.replace(checkpoint / "tokenizer.json", b'{"version"')
+        with pytest.raises(OSError, match="has no tokenizer.json .* that can be read: copy the files"):
+            loader.from_pretrained(checkpoint, trust_remote_code=True)

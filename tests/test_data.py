@@ -26,7 +26,7 @@ from siq_vl.data.conversations import Dropped, text_of
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.data.images import FORMATS, decode_image, find_under, open_image
 from siq_vl.data.mixtures import build_mixture
-from siq_vl.data.reading import DropLog
+from siq_vl.data.preprocessing import DropLog
 from siq_vl.data.sources import Source, SourceConfig
 from siq_vl.training.recipes import AdapterArguments, DataArguments, ModelArguments, Recipe
 from siq_vl.training.run import DROP_LOG, make_trainer, mixture_for_stage
@@ -321,6 +321,18 @@ def test_files_of_cocoqa_must_be_aligned(folder, picture):
         Source(SourceConfig(**config))
 
 
+def test_odd_characters_end_no_line_of_cocoqa(folder, picture):
+    """A line separator in one question, and bytes that are no UTF-8 in another, leave the files aligned."""
+    config = cocoqa(folder, picture)
+    texts = {"questions": b"Who\xe2\x80\xa8is it?\n\xff?\n", "answers": b"Ada.\nBob.\n", "img_ids": b"42\nx\n"}
+    for name, content in texts.items():
+        (folder / "train" / f"{name}.txt").write_bytes(content)
+    source = Source(SourceConfig(**config))
+    assert source.conversation(source[0]).texts("user") == ["Who\u2028is it?"]
+    with pytest.raises(Dropped, match="img_id is a text, where a whole number"):
+        source.conversation(source[1])
+
+
 # Labels
 
 
@@ -523,6 +535,8 @@ def break_file(folder: Path, kind: str, make_image) -> None:
         (folder / "bad.jpg").write_text("not a picture")
     elif kind == "bomb":
         (folder / "bad.jpg").write_bytes(bomb())
+    elif kind == "loop":
+        (folder / "bad.jpg").symlink_to("bad.jpg")
 
 
 BROKEN = {
@@ -537,6 +551,9 @@ BROKEN = {
     "no json": ('{"image": "1.png", "pro', "row that cannot be read"),
     "markers": ({**good("1.png", 99), "prompt": "<image> and <image>?"}, "image markers do not fit"),
     "forged": ({**good("1.png", 99), "prompt": "<|image_pad|>?"}, "special token in the text"),
+    "half a character": ({**good("1.png", 99), "completion": "a\ud800"}, "text that is not Unicode"),
+    "another template": ({**good("1.png", 99), "chat_template_kwargs": {"chat_template": "x"}}, "template option"),
+    "loop": (good("bad.jpg", 99), "missing image"),
     "too long": ({**good("1.png", 99), "completion": "word " * 200}, "longer than max_length"),
 }
 

@@ -20,19 +20,19 @@ from siq_vl.data.figures.dataset import STYLES, sample
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import figure_questions
-from siq_vl.distill.rows import DIRECT, TraceArguments, training_traces
-from siq_vl.distill.selection import Selection, announce, settle
+from siq_vl.distill.selection import Selection, record_rules, update_verdicts
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.traces import TraceStore, read_traces
+from siq_vl.distill.training_rows import DIRECT, TraceArguments, training_traces
 from siq_vl.distill.verification import Verification
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
+from siq_vl.planning.plan import plan
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.checkpoints import run_settings
-from siq_vl.training.loading import load_for_stage
-from siq_vl.training.plan import plan
 from siq_vl.training.recipes import RECIPES, parse_recipe
 from siq_vl.training.resume import checkpoint_to_resume, mark_complete
 from siq_vl.training.run import held_out_traces, make_trainer, rows_needed, traces_for_stage, train_and_save
+from siq_vl.training.starting_model import load_for_stage
 from siq_vl.training.trainer import AnswerWeights
 
 QUESTIONS = 60
@@ -41,12 +41,12 @@ QUESTIONS = 60
 def write_store(folder: Path, styles=STYLES, count: int = QUESTIONS, **options) -> Path:
     rules = Verification()
     with TraceStore(folder) as store:
-        announce(store, rules)
+        record_rules(store, rules)
         for style in styles:
             Run(FiguresTeacher(style, **options), Prompts(), store, rules, progress=False).over(
                 figure_questions(count, seed=3)
             )
-        settle(store, rules, Selection(duplicates="none"))
+        update_verdicts(store, rules, Selection(duplicates="none"))
     return folder
 
 

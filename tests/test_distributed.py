@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 from datasets import Dataset
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.figures.rows import row
-from siq_vl.training.loading import load_for_stage
+from siq_vl.training.starting_model import load_for_stage
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import hold_out, make_trainer, train_and_save
 from siq_vl.data.figures.rows import training_rows

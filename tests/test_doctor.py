@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from siq_vl import doctor
-from siq_vl.doctor import GIB, NOTE, OK, PROBLEM
+from siq_vl.planning import doctor
+from siq_vl.planning.doctor import GIB, NOTE, OK, PROBLEM
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +48,11 @@ def test_packages(tmp_path):
 def test_an_interpreter_without_packages_is_told_what_is_missing():
     """Isolated from site-packages, where not even torch can be imported."""
     process = subprocess.run(
-        [sys.executable, "-S", "-m", "siq_vl.doctor"], cwd=REPO_ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-S", "-m", "siq_vl.planning.doctor"],
+        cwd=REPO_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert process.returncode == 1 and not process.stderr
     assert "missing of requirements.txt: torch, transformers" in process.stdout

@@ -9,17 +9,18 @@ from xml.etree import ElementTree
 
 import pytest
 from conftest import REPO_ROOT
+from svg import number_of_points
 from test_distill import STYLES, parse, write_store
 
 from siq_vl.data.figures.rows import training_rows
-from siq_vl.evaluation import emergence as told
-from siq_vl.evaluation.answers import parse as taken_apart
+from siq_vl.evaluation import emergence_figure as told
 from siq_vl.evaluation.metrics import METRICS, step_score
-from siq_vl.evaluation.plots import emergence_plot
+from siq_vl.parsing.answers import parse as taken_apart
+from siq_vl.plots import emergence_plot
 from siq_vl.training.callbacks import Sample, append_entry
 from siq_vl.training.emergence import EmergenceCallback, emergence, watched_rows
-from siq_vl.training.loading import load_for_stage
 from siq_vl.training.run import make_trainer, traces_for_stage
+from siq_vl.training.starting_model import load_for_stage
 
 WATCH = ("--emergence_steps", "2", "--emergence_count", "5")
 MEASURES = {"well_formed", "length", "teacher_length", "steps_found", "steps_in_order", "arithmetic", "structure"}
@@ -154,15 +155,16 @@ def test_the_command_draws_runs_side_by_side(watched, tmp_path):
     slower = [{**entry, "length": entry["length"] / 2, "well_formed": 0.5} for entry in entries]
     (tmp_path / "other" / told.EMERGENCE_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in slower))
     figure = tmp_path / "figures" / "both.svg"
-    command = [sys.executable, "-m", "siq_vl.evaluation.emergence", f"a<b={watched[1]}", str(tmp_path / "other")]
+    command = [sys.executable, "-m", "siq_vl.evaluation.emergence_figure", f"a<b={watched[1]}", str(tmp_path / "other")]
     ran = subprocess.run([*command, "--output", str(figure)], cwd=REPO_ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("| a<b ") == ran.stdout.count("| other ") == 3
     tree = ElementTree.fromstring(figure.read_text())
-    lines = [element for element in tree.iter() if element.tag.endswith("polyline")]
-    assert len(lines) == 4 * 2 + 2 and sum("stroke-dasharray" in line.attrib for line in lines) == 2
-    solid = [line for line in lines if "stroke-dasharray" not in line.attrib]
-    assert all(len(line.get("points").split()) == 3 for line in solid)
+    solid = [element for element in tree.iter() if element.get("id", "").startswith("curve")]
+    dashed = [element for element in tree.iter() if element.get("id", "").startswith("reference")]
+    assert len(solid) == 4 * 2 and len(dashed) == 2
+    assert all("stroke-dasharray" in ElementTree.tostring(line, encoding="unicode") for line in dashed)
+    assert all(number_of_points(line) == 3 for line in solid)
     assert {"a<b", "other"} <= {element.text for element in tree.iter()}
     ran = subprocess.run([*command[:3], str(tmp_path)], cwd=REPO_ROOT, capture_output=True, text=True)
     assert ran.returncode == 1 and "train with --emergence_steps" in ran.stderr

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from siq_vl.evaluation import predictions as kept
-from siq_vl.evaluation.answers import matches, parse
-from siq_vl.evaluation.figures import held_out_items, majority_answers
+from siq_vl.evaluation.held_out import held_out_items, majority_answers
 from siq_vl.evaluation.intervals import paired_difference, wilson
 from siq_vl.evaluation.tables import accuracy_table
+from siq_vl.parsing.answers import matches, parse
 
 
 @pytest.mark.parametrize(

@@ -22,21 +22,22 @@ from PIL import Image
 from processes import CONTEXT
 from torch.utils.data import DataLoader
 
-from siq_vl.data import features_build, features_store
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.conversations import message
-from siq_vl.data.features import Picture, Pictures, with_pictures
-from siq_vl.data.features_build import FeatureArguments, cached_rows, store_of, what_features_depend_on
-from siq_vl.data.features_store import ENTRY, FeatureStore, FeatureWriter, Layout
+from siq_vl.data.feature_cache import build as features_build
+from siq_vl.data.feature_cache import store as features_store
+from siq_vl.data.feature_cache.build import FeatureArguments, cached_rows, store_of, what_features_depend_on
+from siq_vl.data.feature_cache.pictures import CachedPicture, CachedPictures, with_cached_pictures
+from siq_vl.data.feature_cache.store import ENTRY, FeatureLayout, FeatureStore, FeatureWriter
 from siq_vl.data.images import decode_image
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
+from siq_vl.planning.plan import plan
 from siq_vl.processing_siq_vl import SiQVLProcessor
-from siq_vl.training.loading import load_for_stage
-from siq_vl.training.plan import plan
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import make_trainer, mixture_for_stage
+from siq_vl.training.starting_model import load_for_stage
 
-LAYOUT = Layout(2, 3, 8, "float32")
+LAYOUT = FeatureLayout(2, 3, 8, "float32")
 
 pytestmark = pytest.mark.usefixtures("own_precision")
 
@@ -45,12 +46,12 @@ def key(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-def features(number: int, tiles: int = 1, layout: Layout = LAYOUT) -> torch.Tensor:
+def features(number: int, tiles: int = 1, layout: FeatureLayout = LAYOUT) -> torch.Tensor:
     generator = torch.Generator().manual_seed(number)
     return torch.randn(tiles, layout.rows * layout.columns, layout.width, generator=generator)
 
 
-def write(folder: Path, numbers, layout: Layout = LAYOUT, tiles: int = 1) -> None:
+def write(folder: Path, numbers, layout: FeatureLayout = LAYOUT, tiles: int = 1) -> None:
     with FeatureWriter(folder, layout) as writer:
         for number in numbers:
             writer.add(key(number), (10, number), layout.pack(features(number, tiles, layout)))
@@ -61,7 +62,7 @@ def write(folder: Path, numbers, layout: Layout = LAYOUT, tiles: int = 1) -> Non
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("bfloat16", 2**-8), ("int8", 0.02)])
 def test_what_is_stored_is_read_back(dtype, error, tmp_path):
-    layout = Layout(2, 3, 8, dtype)
+    layout = FeatureLayout(2, 3, 8, dtype)
     store = FeatureStore(tmp_path, layout)
     write(tmp_path, range(5), layout, tiles=3)
     store.refresh()
@@ -90,7 +91,7 @@ def test_several_writers_and_processes_share_a_store(tmp_path):
 
 
 def test_a_full_shard_is_followed_by_another(tmp_path, monkeypatch):
-    monkeypatch.setattr("siq_vl.data.features_store.SHARD_BYTES", 3 * LAYOUT.tile_bytes)
+    monkeypatch.setattr("siq_vl.data.feature_cache.store.SHARD_BYTES", 3 * LAYOUT.tile_bytes)
     store = FeatureStore(tmp_path, LAYOUT)
     write(tmp_path, range(3))
     store.refresh()
@@ -133,7 +134,7 @@ def test_a_live_writer_keeps_what_it_has_not_flushed(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
-    layout = Layout(32, 32, 64, "bfloat16")  # 128 KiB a picture
+    layout = FeatureLayout(32, 32, 64, "bfloat16")  # 128 KiB a picture
     store = FeatureStore(tmp_path, layout)
     packed = layout.pack(features(0, 1, layout))
     with FeatureWriter(tmp_path, layout) as writer:
@@ -142,7 +143,14 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     store.refresh()
 
     def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        """Bytes of the store's features among the memory of this process, whatever else it holds."""
+        pages, counts = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                counts = str(tmp_path) in line and line.endswith(".features")
+            elif counts and line.startswith("Rss:"):
+                pages += int(line.split()[1])  # KiB
+        return 1024 * pages
 
     def read(numbers) -> None:
         for number in numbers:
@@ -152,6 +160,9 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     before = resident()
     read(range(1600))
     assert resident() - before < 20 * 2**20 < 1500 * layout.tile_bytes
+    mapped = store._mapped(int(store.find(key(0))["shard"]))
+    _ = sum(mapped[::4096])  # what is not let go is seen
+    assert resident() > 20 * 2**20
 
 
 # Pictures and rows
@@ -253,7 +264,7 @@ def test_pictures_are_decoded_once_in_all(photos, tmp_path, monkeypatch):
         decoded.append(arguments)
         return decode_image(*arguments)
 
-    monkeypatch.setattr("siq_vl.data.reading.decode_image", counting)
+    monkeypatch.setattr("siq_vl.data.preprocessing.decode_image", counting)
     _, _, trainer = run(photos, tmp_path, "--feature_cache", "on")
     # TRL looks at the first row, and the first pass names all pictures: neither decodes any.
     assert len(decoded) == 8
@@ -467,7 +478,7 @@ def test_features_are_stored_where_it_pays(photos, tmp_path, caplog, overrides, 
     trainer = prepared(recipe_for(photos, tmp_path, *overrides))
     assert re.search(f"vision features are {says}", decided(caplog))
     images = [image for row in trainer.train_dataset for image in row["images"]]
-    assert all(isinstance(image, Picture) == says.startswith("stored") for image in images)
+    assert all(isinstance(image, CachedPicture) == says.startswith("stored") for image in images)
     stored = list((tmp_path / "features").rglob("*.features"))
     assert bool(stored) == says.startswith("stored")
 
@@ -479,7 +490,7 @@ def test_one_epoch_reads_what_another_run_stored(photos, tmp_path, caplog):
     trainer = prepared(recipe_for(photos, tmp_path, "--num_train_epochs", "1"))
     assert "100% of the pictures are stored from another run" in decided(caplog)
     assert isinstance(trainer.train_dataset[0]["images"], list)
-    assert all(isinstance(image, Picture) for row in trainer.train_dataset for image in row["images"])
+    assert all(isinstance(image, CachedPicture) for row in trainer.train_dataset for image in row["images"])
 
 
 @pytest.mark.parametrize(
@@ -497,7 +508,7 @@ def test_what_cannot_be_stored_is_refused(photos, tmp_path, overrides, message):
 
 def test_a_full_disk_is_refused_before_anything_is_computed(photos, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(2**40, 2**40 - 5, 5)
-    monkeypatch.setattr("siq_vl.data.features_build.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("siq_vl.data.feature_cache.build.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(ValueError, match="has 5e-09 GB free"):
         prepared(recipe_for(photos, tmp_path, "--feature_cache", "on"))
 
@@ -534,15 +545,15 @@ def test_the_plan_says_what_would_be_stored(photos, tmp_path):
 
 
 def test_any_rows_with_pictures_can_be_keyed(tmp_path, make_image):
-    pictures = Pictures(FeatureStore(tmp_path, LAYOUT))
-    keyed = with_pictures(Dataset.from_dict({"images": [[make_image(0)], []]}), pictures)
+    pictures = CachedPictures(FeatureStore(tmp_path, LAYOUT))
+    keyed = with_cached_pictures(Dataset.from_dict({"images": [[make_image(0)], []]}), pictures)
     assert keyed[0]["images"][0].size == (32, 32) and keyed[1]["images"] == []
     image = make_image(1, size=(20, 30)).quantize(16)
     other = image.copy()
     other.putpalette(bytes(reversed(image.getpalette())))  # the same indices of other colours
     assert image.tobytes() == other.tobytes()
     one, two, three, four = (
-        pictures.opened(each) for each in (image, other, image.convert("RGB"), np.asarray(image.convert("RGB")))
+        pictures.from_pixels(each) for each in (image, other, image.convert("RGB"), np.asarray(image.convert("RGB")))
     )
     assert one.key == three.key == four.key != two.key
     assert one.size == four.size == (20, 30)

@@ -10,7 +10,7 @@ from siq_vl.data.figures.dataset import DOMAINS, SPLITS, STYLES, content_split, 
 from siq_vl.data.figures.drawing import SIZE
 from siq_vl.data.figures.lexicon import HELD_OUT_OBJECTS, HELD_OUT_SERIES_COUNT, HELD_OUT_SIGNS
 from siq_vl.data.figures.rows import row, training_rows
-from siq_vl.evaluation.answers import fact_score
+from siq_vl.parsing.answers import fact_score
 
 # Of the pixels, captions, questions and answers of the first 300 training samples. It changes only when the drawn
 # data set changes, and then every number measured on it has to be measured again.

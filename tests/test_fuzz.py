@@ -2,13 +2,17 @@
 2,400 random calls of the processor: each gives the right answer, or a ValueError where there is a reason for one.
 
 Every case is drawn from a seed together with the reasons for which it must be refused, so that neither a wrong answer
-nor a needless refusal passes.
+nor a needless refusal passes. 600 more cases hand it anything anywhere: each works, or is refused with advice.
 """
 
 import base64
+import collections
 import io
+import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +21,7 @@ import torch
 from PIL import Image
 
 from siq_vl.configuration_siq_vl import tiles_per_image, tokens_per_image
-from siq_vl.processing_siq_vl import SPECIAL_TOKENS
+from siq_vl.processing_siq_vl import SPECIAL_TOKENS, SiQVLProcessor, load_rgb
 
 BATCHES, CASES = 24, 50  # cases of each kind in a batch
 PLACEHOLDER = "<|image_pad|>"
@@ -255,3 +259,267 @@ def test_right_answer_or_value_error(processor, case, batch):
         except Exception as error:  # of whatever kind: the seed tells which case it was
             raise AssertionError(f"case {seed}: {type(error).__name__}: {error}") from error
     assert CASES / 3 < answered < CASES
+
+
+class OwnText(str):
+    """A subclass of `str`."""
+
+
+@dataclass
+class OwnMessage:
+    """A message that is no dict."""
+
+    role: Any
+    content: Any
+    tool_calls: Any = None
+
+
+ITSELF: list = []
+ITSELF.append(ITSELF)
+PICTURE = Image.new("RGB", (40, 30), (200, 10, 10))
+# Each is made anew where it is drawn: some can be read only once.
+ANYTHING: list[Callable[[], Any]] = [
+    *(lambda value=value: value for value in (None, True, False, 0, 1, -1, 2**31, 2**70, 0.5, math.nan, math.inf, 1j)),
+    *(
+        lambda value=value: value
+        for value in ("", "a", "left", "pt", OwnText("x"), "\ud800", "a\0", "/", "http://", IMAGE)
+    ),
+    *(lambda value=value: value for value in (b"abc", bytearray(b"a"), memoryview(b"a"), set(), object(), int, ...)),
+    *(lambda value=value: value for value in (Path("nowhere"), torch.float32, torch.device("meta"), Exception("x"))),
+    *(lambda value=value: value for value in (8, 32, 10**9, [0.5] * 3, [0.0] * 3, [math.nan] * 3, [1, 2, 3], ITSELF)),
+    lambda: {"height": 16, "width": 48},
+    lambda: {"height": -1, "width": 8},
+    lambda: {"height": 10**9, "width": 10**9},
+    lambda: {"height": 8.0, "width": None},
+    lambda: {"shortest_edge": 8},
+    lambda: {"path": "a", "bytes": b"x"},
+    lambda: [],
+    lambda: (),
+    lambda: {},
+    lambda: [None],
+    lambda: [[[]]],
+    lambda: ["a", "b"],
+    lambda: np.float32(0.5),
+    lambda: np.str_("a"),
+    lambda: np.zeros((4, 4, 3), object),
+    lambda: np.zeros((4, 4, 3), complex),
+    lambda: np.zeros((4, 4, 3), bool),
+    lambda: np.zeros((4, 4, 3), np.int64) - 5,
+    lambda: np.zeros((4, 4, 3), [("a", int)]),
+    lambda: np.zeros((2, 4, 4, 3)),
+    lambda: np.zeros((0, 4, 4, 3)),
+    lambda: torch.zeros(2, 3, 4, 4),
+    lambda: torch.zeros(3, 4, 4, device="meta"),
+    lambda: torch.zeros(3, 4, 4, dtype=torch.complex64),
+    lambda: torch.zeros(3, 4, 4, dtype=torch.bfloat16),
+    lambda: torch.zeros(3, 4, 4).to_sparse(),
+    lambda: torch.zeros(3, 4, 4, requires_grad=True),
+    lambda: PICTURE,
+    lambda: [PICTURE, None],
+    lambda: [PICTURE, [PICTURE]],
+    lambda: Image.Image(),
+    lambda: Image.new("LAB", (3, 3)),
+    lambda: (letter for letter in "ab"),
+    lambda: io.BytesIO(b"abc"),
+    lambda: collections.UserDict(a=1),
+    lambda: collections.deque([PICTURE]),
+    lambda: [{"role": "user", "content": "Hi"}],
+    lambda: OwnMessage("user", "Hi"),
+]
+OF_TEXTS = [
+    "text_pair",
+    "text_target",
+    "add_special_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "stride",
+    "is_split_into_words",
+    "padding_side",
+    "pad_to_multiple_of",
+    "return_token_type_ids",
+    "return_attention_mask",
+    "return_overflowing_tokens",
+    "return_special_tokens_mask",
+    "return_offsets_mapping",
+    "return_length",
+    "verbose",
+    "return_mm_token_type_ids",
+    "return_text_replacement_offsets",
+    "return_tensors",
+    "split_special_tokens",
+    "sanitize_control_tokens",
+]
+OF_IMAGES = [
+    "do_convert_rgb",
+    "do_resize",
+    "size",
+    "default_to_square",
+    "crop_size",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_pad",
+    "pad_size",
+    "do_center_crop",
+    "data_format",
+    "input_data_format",
+    "device",
+    "disable_grouping",
+    "max_tiles",
+]
+OF_PARTS = ["text_kwargs", "images_kwargs", "common_kwargs", "videos", "audio", "videos_kwargs", "unheard_of"]
+OF_CHATS = [
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+    "tokenize",
+    "return_dict",
+    "processor_kwargs",
+    "enable_thinking",
+    "chat_template",
+    "load_audio_from_video",
+    "num_frames",
+    "fps",
+]
+
+
+def anything(rng: random.Random) -> Any:
+    return rng.choice(ANYTHING)()
+
+
+def any_keywords(rng: random.Random, names: list[str], most: int = 3) -> dict[str, Any]:
+    return {rng.choice(names): anything(rng) for _ in range(rng.randint(0, most))}
+
+
+def any_part(rng: random.Random) -> Any:
+    part = {"type": rng.choice(["text", "text", "image", "image", "image_url", "video", "tool", 3, anything(rng)])}
+    for key in rng.sample(["text", "image", "url", "path", "base64", "image_url", "extra"], rng.randint(0, 2)):
+        part[key] = rng.choice(["Hi", PICTURE, {"url": "x"}, anything(rng)])
+    return rng.choice([part, part, part, part, anything(rng)])
+
+
+def any_message(rng: random.Random) -> Any:
+    parts = [any_part(rng) for _ in range(rng.randint(0, 3))]
+    message = {"role": rng.choice(["user", "assistant", "tool", anything(rng)])}
+    message["content"] = rng.choice(["Hi", parts, parts, any_part(rng), anything(rng)])
+    if rng.random() < 0.2:
+        call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+        message["tool_calls"] = rng.choice([[call], anything(rng)])
+    if rng.random() < 0.1:
+        del message[rng.choice(list(message))]
+    own = OwnMessage(message.get("role"), message.get("content"), message.get("tool_calls"))
+    return rng.choice([message, message, message, own, anything(rng)])
+
+
+def any_call(processor, rng: random.Random) -> Callable[[], Any]:
+    """Draws a call of one of the processor's methods, with anything for any of its arguments."""
+    kind = rng.choice(
+        ["call", "call", "keywords", "keywords", "chat", "chat", "chat keywords", "image", "ids", "sizes", "parts"]
+    )
+    if kind == "call":
+        images = rng.choice([[PICTURE], [anything(rng), PICTURE], anything(rng), anything(rng)])
+        text = rng.choice([IMAGE, [IMAGE, IMAGE], anything(rng)])
+        return lambda: processor(images=images, text=text)
+    if kind == "keywords":
+        kwargs = any_keywords(rng, OF_TEXTS + OF_IMAGES + OF_PARTS)
+        kwargs = rng.choice([kwargs, kwargs, {"text_kwargs": kwargs}, {"images_kwargs": kwargs}])
+        given = rng.choice([{"text": IMAGE, "images": PICTURE}, {"text": "Hi"}, {"images": PICTURE}])
+        return lambda: processor(**given, **kwargs)
+    if kind == "chat":
+        messages = [any_message(rng) for _ in range(rng.randint(0, 3))]
+        conversation = rng.choice([messages, messages, [messages, [any_message(rng)]], anything(rng)])
+        kwargs = rng.choice([{}, {"tokenize": True, "return_dict": True}])
+        return lambda: processor.apply_chat_template(conversation, **kwargs)
+    if kind == "chat keywords":
+        content = [{"type": "image", "image": PICTURE}, {"type": "text", "text": "Hi"}]
+        kwargs = {"tokenize": True, "return_dict": True} if rng.random() < 0.6 else {}
+        kwargs |= any_keywords(rng, OF_CHATS + OF_TEXTS + OF_IMAGES + OF_PARTS)
+        return lambda: processor.apply_chat_template([{"role": "user", "content": content}], **kwargs)
+    first, second = anything(rng), anything(rng)
+    if kind == "image":
+        return lambda: load_rgb(first, second)
+    if kind == "ids":
+        ids = rng.choice([first, [-100], [[-100]], [10**9], [[1, 2], [3]]])
+        decode = rng.choice([processor.decode, processor.batch_decode, processor.post_process_image_text_to_text])
+        return lambda: decode(ids)
+    if kind == "sizes":
+        return lambda: processor.expand_image_tokens(rng.choice([IMAGE, first]), second)
+    name = rng.choice(["image_processor", "tokenizer", "patch_size", "pixel_shuffle_factor", "max_tiles"])
+    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer, name: first}
+    return lambda: SiQVLProcessor(**parts)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("batch", range(6))
+def test_anything_anywhere_works_or_is_refused_with_advice(processor, batch):
+    expected = processor(text=IMAGE, images=PICTURE, return_tensors="pt")
+    answered = 0
+    for index in range(100):
+        call = any_call(processor, random.Random(f"anything/{batch}/{index}"))
+        try:
+            call()
+            answered += 1
+        except (ValueError, TypeError) as error:
+            assert len(str(error)) > 40, f"case anything/{batch}/{index}: no advice in {error!r}"
+        except BaseException as error:  # of whatever kind: the seed tells which case it was
+            raise AssertionError(f"case anything/{batch}/{index}: {type(error).__name__}: {error}") from error
+    assert 10 < answered < 70
+    # None of it has changed what the processor does.
+    inputs = processor(text=IMAGE, images=PICTURE, return_tensors="pt")
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"is_split_into_words": True}, "is_split_into_words is True, but must be False.*leave it out"),
+        ({"text_kwargs": {"padding": "both"}}, "padding is 'both', but must be True, False, \"longest\""),
+        ({"max_length": -5}, "max_length is -5, but must be an integer of at least 1"),
+        ({"truncation": True, "max_length": 8, "stride": 8}, "stride is 8 and max_length is 8.*leave stride out"),
+        ({"image_std": [0.5, 0.5, 0.0]}, "image_std is .* but must be a finite number other than 0, or three of them"),
+        ({"resample": 9}, "resample is 9, but must be one of PIL.Image.Resampling"),
+        ({"size": {"height": 10**5, "width": 10**5}}, "may have at most 67108864 pixels: choose a smaller size"),
+        ({"images_kwargs": 3}, "images_kwargs is 3, but must be a dict"),
+        ({"videos": ["a.mp4"]}, "videos is .*a.mp4.* but must be None: this processor reads `text` and `images`"),
+        ({"return_overflowing_tokens": True}, "return_overflowing_tokens is True, but must be False"),
+    ],
+)
+def test_keyword_arguments_are_refused_with_their_rule(processor, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=PICTURE, text=IMAGE, **kwargs)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(3, 4, 4, device="meta"), torch.zeros(3, 4, 4).to_sparse()])
+def test_tensors_without_values_are_refused(processor, tensor):
+    with pytest.raises(ValueError, match=r"Got an image tensor of type torch.float32 .* pass a dense tensor"):
+        processor(images=tensor)
+
+
+def test_labels_are_no_token_ids(processor):
+    with pytest.raises(ValueError, match=r"Got argument 0=\[\[-100, 65\]\] to decode.*replace labels of -100 first"):
+        processor.batch_decode([[-100, 65]])
+
+
+def test_many_tiles_are_counted_at_once():
+    assert tiles_per_image(1024, 2048, 512, 512, 10**12) == 2 * 4 + 1
+
+
+def test_messages_may_be_objects(processor):
+    parts = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}]
+    as_dicts = [{"role": "user", "content": parts}]
+    assert processor.apply_chat_template([OwnMessage("user", parts)]) == processor.apply_chat_template(as_dicts)
+
+
+@pytest.mark.parametrize(
+    "given", [{"tools": [{"type": "function"}]}, {"messages": [OwnMessage("assistant", "Hi", [{}])]}]
+)
+def test_tools_are_not_dropped_in_silence(processor, given):
+    messages = [{"role": "user", "content": "Hi"}, *given.pop("messages", [])]
+    with pytest.raises(ValueError, match="but the chat template has no place for tools: leave it out"):
+        processor.apply_chat_template(messages, **given)

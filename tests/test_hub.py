@@ -22,15 +22,26 @@ RUN = ["--stage", "1", "--max_steps", "2", "--effective_batch_size", "2", "--log
 
 @pytest.fixture(scope="module")
 def hub():
-    # A session that was opened while another test was offline stays offline: begin with a new one.
-    (getattr(utils, "reset_sessions", None) or utils.close_session)()
+    # A session that was opened offline stays offline: begin with a new one, and leave none that is not.
+    new_session = getattr(utils, "reset_sessions", None) or utils.close_session
     server = FakeHub(TOKEN, trouble={"/commit/": [503], "/preupload/": ["drop"]})
-    yield server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        new_session()
+        yield server
+    new_session()
     server.close()
 
 
 def environment(folder: Path, hub: FakeHub, **more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("ACCELERATE_MIXED_PRECISION", "HF_TOKEN")}
+    left_out = (
+        "ACCELERATE_MIXED_PRECISION",
+        "HF_TOKEN",
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
     own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "hf"), "HF_MODULES_CACHE": str(folder / "modules")}
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **own, **more}
 
@@ -82,7 +93,7 @@ def test_a_run_pushes_a_complete_checkpoint_to_a_branch_of_its_stage(pushed, hub
 
 def test_what_failed_was_tried_again(pushed, hub):
     _, printed = pushed
-    assert len(hub.troubled) == 2
+    assert len([path for path in hub.troubled if "/repos/create" not in path]) == 2  # other tests trouble these
     assert "trying again" in printed or "Retrying in" in printed  # newer clients do some of it themselves
 
 

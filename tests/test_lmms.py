@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import REPO_ROOT
 
-from siq_vl.evaluation.figures import held_out_items
+from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.runner import RunSettings, load_any, run
 
 TASK = REPO_ROOT / "siq_vl" / "evaluation" / "lmms" / "tasks" / "siq_vl_figures"

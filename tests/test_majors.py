@@ -17,6 +17,7 @@ import torch
 from conftest import run_clean
 from PIL import Image
 from safetensors.torch import load_file
+from test_decoders import FAMILIES, ids_of, joined, native, with_picture
 
 from siq_vl.configuration_siq_vl import AUTO_MAP, TRANSFORMERS_4
 from siq_vl.export import export_idefics3
@@ -65,6 +66,42 @@ def test_a_round_trip_changes_nothing(checkpoints, as_a_stranger, make_image, tm
         check_found(here, there)
         check_found(here, home)
     assert [found["tied"] for found in first] == [True, False, True]
+
+
+READ_DECODERS = """
+import sys
+import torch
+from transformers import AutoModelForImageTextToText
+
+*folders, inputs, results = sys.argv[1:]
+inputs, found = torch.load(inputs), {}
+for folder in folders:
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager")
+    with torch.no_grad():
+        found[folder] = model.eval()(**inputs).logits
+torch.save(found, results)
+"""
+
+
+def test_every_decoder_computes_the_same_on_the_other_major(tmp_path):
+    """With a picture: Gemma and Gemma 2 scale embeddings in different places on the two majors."""
+    inputs = with_picture(ids_of(9)[0])
+    torch.save(inputs, tmp_path / "inputs.pt")
+    expected = {}
+    for family in FAMILIES:
+        model = joined(native(family))
+        model.set_attn_implementation("eager")
+        folder = str(tmp_path / family)
+        model.save_pretrained(folder)
+        with torch.no_grad():
+            expected[folder] = model(**inputs).logits
+    results = tmp_path / "results.pt"
+    run_clean(["-c", READ_DECODERS, *expected, tmp_path / "inputs.pt", results], tmp_path / "run", OTHER_PYTHON)
+    found = torch.load(results)
+    for folder, logits in expected.items():
+        torch.testing.assert_close(
+            found[folder], logits, rtol=1e-4, atol=1e-4, msg=lambda text, at=folder: f"{at}: {text}"
+        )
 
 
 READ_EXPORT = """

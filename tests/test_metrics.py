@@ -17,7 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from siq_vl.data.figures.dataset import STYLES, rationale, sample
 from siq_vl.data.figures.rows import reasoned
-from siq_vl.distill.teachers.oracle import _misread_figure
+from siq_vl.distill.teachers.oracle import misread_figure
 from siq_vl.evaluation import metrics
 from siq_vl.evaluation.metrics import METRICS, without_gold
 from siq_vl.evaluation.metrics.matching import edit_distance, vqa_normalized
@@ -248,7 +248,7 @@ class TestHallucination:
         counted = 0
         for index in range(300):
             figure = sample("test", index).figure
-            misread = _misread_figure(figure, random.Random(index))
+            misread = misread_figure(figure, random.Random(index))
             if misread.caption == figure.caption:
                 continue
             counted += 1

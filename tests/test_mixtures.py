@@ -15,9 +15,9 @@ from siq_vl.data.filters import FilterConfig, filtered
 from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.scoring import SiglipScorer, scored_text
 from siq_vl.training import recipes
-from siq_vl.training.loading import load_for_stage
 from siq_vl.training.recipes import DataArguments, parse_recipe
 from siq_vl.training.run import make_trainer, mixture_for_stage, rows_needed, train_and_save
+from siq_vl.training.starting_model import load_for_stage
 
 
 @pytest.fixture

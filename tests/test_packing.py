@@ -15,7 +15,7 @@ from siq_vl.data import packing
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.conversations import message
 from siq_vl.data.packing import PackingCollator, check_attention, fill, first_fit_decreasing, padding_share
-from siq_vl.training.plan import plan
+from siq_vl.planning.plan import plan
 from siq_vl.training.recipes import Recipe, parse_recipe
 from siq_vl.training.run import make_trainer
 
@@ -254,7 +254,7 @@ torch.set_num_threads(1)
 from datasets import Dataset
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.figures.rows import row
-from siq_vl.training.loading import load_for_stage
+from siq_vl.training.starting_model import load_for_stage
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import make_trainer, train_and_save
 

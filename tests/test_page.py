@@ -11,36 +11,36 @@ from PIL import Image
 
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.figures.rows import user_turn
-from siq_vl.evaluation.answers import TAGS, matches, parse
 from siq_vl.evaluation.generation import generate_texts
 from siq_vl.loading import load_checkpoint
-from siq_vl.page.attention import Layout, attention_to_image, eager_twin, picture_layout
+from siq_vl.page.attention import ImageTokenLayout, attention_to_image, eager_twin, picture_layout
 from siq_vl.page.cards import card, empty_card, picture_address
-from siq_vl.page.reading import take_apart
-from siq_vl.page.streaming import Output, Talker
+from siq_vl.page.parts import take_apart
+from siq_vl.page.streaming import Output, StreamingModel
+from siq_vl.parsing.answers import TAGS, matches, parse
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "<img src=x onerror=alert(1)> & \"quoted\" 'too' </article><script>alert(2)</script> {{value}} ${value}"
 
 
 @pytest.fixture(scope="module")
-def shipped() -> Talker:
-    return Talker("shipped", *load_checkpoint(str(REPO_ROOT)))
+def shipped() -> StreamingModel:
+    return StreamingModel("shipped", *load_checkpoint(str(REPO_ROOT)))
 
 
 @pytest.fixture
-def talker(make_model, processor) -> Talker:
+def streaming(make_model, processor) -> StreamingModel:
     """A tiny random model that never ends by itself."""
     model = make_model(text={"max_position_embeddings": 128})
     model.generation_config.eos_token_id = None
-    return Talker("tiny", model, processor, max_new_tokens=40)
+    return StreamingModel("tiny", model, processor, max_new_tokens=40)
 
 
 class TestStream:
-    def test_last_output_is_that_of_plain_generation_and_all_others_grow_to_it(self, talker, make_image):
-        outputs = list(talker.stream(make_image(), " Why? "))
+    def test_last_output_is_that_of_plain_generation_and_all_others_grow_to_it(self, streaming, make_image):
+        outputs = list(streaming.stream(make_image(), " Why? "))
         (text,) = generate_texts(
-            talker.model, talker.processor, [user_turn("Why?")], [[make_image()]], max_new_tokens=40
+            streaming.model, streaming.processor, [user_turn("Why?")], [[make_image()]], max_new_tokens=40
         )
         assert outputs[-1].text == text and [output.finished for output in outputs].count(True) == 1
         texts = [output.text for output in outputs]
@@ -53,15 +53,15 @@ class TestStream:
             assert bool(take_apart(last.text).steps) is thinking
             assert take_apart(last.text).answer
 
-    def test_closing_ends_the_generation(self, talker, make_image):
+    def test_closing_ends_the_generation(self, streaming, make_image):
         steps, seen = threading.Semaphore(0), []
 
         def wait(*_):
             seen.append(steps.acquire(timeout=20))
 
-        talker.model.register_forward_hook(wait)
+        streaming.model.register_forward_hook(wait)
         steps.release(8)
-        stream = talker.stream(make_image(), "Why?")
+        stream = streaming.stream(make_image(), "Why?")
         next(stream)
         (thread,) = [thread for thread in threading.enumerate() if thread.name.startswith("answer")]
         stream.close()
@@ -70,44 +70,44 @@ class TestStream:
         assert not thread.is_alive()
         assert len(seen) <= 10 and all(seen)
 
-    def test_an_error_of_the_model_reaches_the_reader(self, talker, make_image, monkeypatch):
+    def test_an_error_of_the_model_reaches_the_reader(self, streaming, make_image, monkeypatch):
         def fail(*_, **__):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(talker.model, "generate", fail)
+        monkeypatch.setattr(streaming.model, "generate", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            list(talker.stream(make_image(), "Why?"))
+            list(streaming.stream(make_image(), "Why?"))
 
     @pytest.mark.parametrize(
         ("question", "match"), [(" \n", "question is empty"), ("Why? " * 40, "shorten the question")]
     )
-    def test_questions_that_cannot_be_answered(self, talker, make_image, question, match):
+    def test_questions_that_cannot_be_answered(self, streaming, make_image, question, match):
         with pytest.raises(ValueError, match=match):
-            next(talker.stream(make_image(), question))
+            next(streaming.stream(make_image(), question))
 
 
 class TestAttention:
-    def test_is_that_of_one_eager_pass_over_the_whole_text(self, talker, make_image):
-        inputs = talker._inputs(make_image(), "Why?", True)
-        made = talker.model.generate(**inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    def test_is_that_of_one_eager_pass_over_the_whole_text(self, streaming, make_image):
+        inputs = streaming._inputs(make_image(), "Why?", True)
+        made = streaming.model.generate(**inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
         start, ids = inputs["input_ids"].shape[1], made.sequences
-        twin = eager_twin(talker.model)
+        twin = eager_twin(streaming.model)
         found = attention_to_image(twin, ids, made.past_key_values, start)
 
         whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         layers = twin(**whole, output_attentions=True, use_cache=False).attentions
         mean = torch.stack(layers).mean((0, 1, 2)).detach()  # (position, position)
         torch.testing.assert_close(mean.sum(-1), torch.ones(len(mean)))
-        on_image = ids[0] == talker.processor.image_token_id
+        on_image = ids[0] == streaming.processor.image_token_id
         expected = mean[start - 1 : -1][:, on_image]
-        assert found.shape == (12, talker.processor.image_seq_length) == tuple(expected.shape)
+        assert found.shape == (12, streaming.processor.image_seq_length) == tuple(expected.shape)
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-6)
 
-    def test_twin_shares_weights_and_leaves_the_model_alone(self, talker):
-        twin = eager_twin(talker.model)
-        assert all(a is b for a, b in zip(talker.model.parameters(), twin.parameters(), strict=True))
+    def test_twin_shares_weights_and_leaves_the_model_alone(self, streaming):
+        twin = eager_twin(streaming.model)
+        assert all(a is b for a, b in zip(streaming.model.parameters(), twin.parameters(), strict=True))
         assert twin.language_model.config._attn_implementation == "eager"
-        assert talker.model.language_model.config._attn_implementation == "sdpa"
+        assert streaming.model.language_model.config._attn_implementation == "sdpa"
 
     def test_where_the_shipped_model_says_a_place_it_looks_there(self, shipped):
         """The clause "top-left fish blue" was written looking at the top left: the sum over each quarter of the picture."""
@@ -119,7 +119,7 @@ class TestAttention:
             for part in take_apart(last.text).steps[0]:
                 place = part.text.split()[0]
                 if place in corners:
-                    heat, share = last.gaze.of(part.start, part.end)
+                    heat, share = last.attention.of(part.start, part.end)
                     quarters = heat.reshape(2, heat.shape[0] // 2, 2, heat.shape[1] // 2).sum((1, 3)).flatten()
                     right, said = right + (quarters.argmax() == corners[place]), said + 1
                     assert 0 < share < 1
@@ -128,7 +128,7 @@ class TestAttention:
 
 class TestHeatMap:
     def test_even_grid(self):
-        layout = Layout(1, 1, height=32, width=64, patch=8, factor=2)
+        layout = ImageTokenLayout(1, 1, height=32, width=64, patch=8, factor=2)
         assert layout.token_grid == (2, 4)
         heat = layout.heat_map(np.arange(8.0))
         assert heat.shape == (4, 8)
@@ -137,7 +137,7 @@ class TestHeatMap:
 
     def test_padding_of_odd_grids_and_what_patches_leave_over(self):
         # 43 pixels: five patches of 8 and three pixels that the tower does not see; a sixth patch is padding.
-        layout = Layout(1, 1, height=43, width=43, patch=8, factor=2)
+        layout = ImageTokenLayout(1, 1, height=43, width=43, patch=8, factor=2)
         assert layout.token_grid == (3, 3)
         for token, (top, left, bottom, right) in {0: (0, 0, 16, 16), 2: (0, 32, 16, 40), 8: (32, 32, 40, 40)}.items():
             heat = layout.heat_map(np.eye(9)[token])
@@ -170,7 +170,7 @@ class TestHeatMap:
 
     def test_another_number_of_weights_is_refused(self):
         with pytest.raises(ValueError, match=r"\(7,\), but the picture has 20 image tokens \(5 x 2 x 2\)"):
-            Layout(2, 2, 32, 32, 8, 2).heat_map(np.ones(7))
+            ImageTokenLayout(2, 2, 32, 32, 8, 2).heat_map(np.ones(7))
 
 
 class TestReading:

@@ -5,8 +5,8 @@ import torch
 from conftest import REPO_ROOT
 from transformers import AutoModelForImageTextToText
 
-from siq_vl.evaluation.figures import held_out_items
 from siq_vl.evaluation.generation import generate_texts
+from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.loading import load_checkpoint, quantized
 
 

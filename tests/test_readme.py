@@ -1,5 +1,6 @@
-"""Every command and every Python block of the README is run, in order, in a copy of the repo.
+"""Every command and every Python block of the documents is run in a copy of the repo, after those whose results it needs.
 
+The README comes first: what it trains is there for the pages of `docs/`. A command that several documents show is run once.
 A new command needs one line in `HOW`. What takes long gets options that make it short; what needs several machines or
 full-size backbones is planned (`--dry_run`) by the real parser; servers and the Hub are stood in for.
 """
@@ -24,7 +25,9 @@ import yaml
 from processes import CONTEXT
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
-README = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
+PATHS = (REPO_ROOT / "README.md", *sorted((REPO_ROOT / "docs").glob("**/*.md")), REPO_ROOT / "CONTRIBUTING.md")
+DOCUMENTS = {path.relative_to(REPO_ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
+README = DOCUMENTS["README.md"]
 SECONDS = 240
 
 
@@ -34,15 +37,17 @@ class Run:
 
     Attributes:
         add: options that make it short, appended.
-        swap: what stands for something else in the README, and what is put in its place.
+        swap: what stands for something else in the document, and what is put in its place.
         says: what it has to print.
         launched: start it through `accelerate launch` itself, not only through its parser.
+        makes: later commands need what it leaves.
     """
 
     add: str = ""
     swap: dict[str, str] = field(default_factory=dict)
     says: str = ""
     launched: bool = False
+    makes: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,9 @@ PLAN = "--dry_run true"
 HOW = {
     "python3 -m venv .venv && . .venv/bin/activate": Shell({"-m venv": "-m venv --without-pip"}),
     "pip install -r requirements.txt": Packages("requirements.txt", ("torch", "transformers", "trl", "peft")),
-    'python ask.py docs/example.png "What is the difference between Mar and Jan?"': Run(says="answer: 17"),
+    'python ask.py docs/example.png "What is the difference between Mar and Jan?"': Run(
+        says="reasoning: rows: Jan 19, Mar 2, Apr 3, Nov 12. Mar 2. Jan 19. 19 - 2 = 17\nanswer: 17\n"
+    ),
     'python ask.py docs/example.png "What is the difference between Mar and Jan?" --no_thinking': Run(says="answer: 2"),
     "python -m siq_vl.data.figures gallery.png": Run(),
     'python ask.py docs/example.png "What is the difference between Mar and Jan?" --max_thinking_tokens 16': Run(
@@ -102,16 +109,30 @@ HOW = {
     "make test": Target("python -m pytest"),
     "make test-v5": Target("python -m pytest"),
     "make test-majors": Target("tests/test_majors.py"),
-    "make doctor": Target("-m siq_vl.doctor"),
+    "make test-hf": Target("tests/test_hf_mixins.py"),
+    "make test-newest": Target("-m pytest"),
+    "make mutants": Target("tests/mutate.py"),
     "make check": Target("mypy"),
-    "python benchmarks/anyres.py --count 300": Run("--count 5"),
-    "accelerate launch train_sft.py --stage 1": Run(TINY, launched=True),
-    "accelerate launch train_sft.py --stage 2": Run(TINY),
-    "python generate_traces.py --teacher figures --style structured --count 14720 --output outputs/tiny/traces": Run(
-        "--count 40"
+    "make coverage": Target("--cov"),
+    "make doctor": Target("-m siq_vl.planning.doctor"),
+    ".venv/bin/pre-commit install": Packages("requirements-dev.txt", ("pre-commit",)),
+    ".venv/bin/python -m pytest tests/test_resume.py -k killed": Run(
+        "--collect-only", swap={".venv/bin/python": "python"}, says="tests/test_resume.py::"
     ),
-    "accelerate launch train_distill.py": Run(TINY),
+    ".venv/bin/python -m siq_vl.planning.doctor --recipe tiny --stage 2": Run(
+        swap={".venv/bin/python": "python"}, says="GiB predicted"
+    ),
+    "python benchmarks/anyres.py --count 300": Run("--count 1", says="all tiles and the thumbnail"),
+    "accelerate launch train_sft.py --stage 1": Run(TINY, launched=True, makes=True),
+    "accelerate launch train_sft.py --stage 2": Run(TINY, makes=True),
+    "python generate_traces.py --teacher figures --style structured --count 14720 --output outputs/tiny/traces": Run(
+        "--count 40", makes=True
+    ),
+    "accelerate launch train_distill.py": Run(TINY, makes=True),
     "python evaluate_vqa.py --model stage3=outputs/tiny/stage3": Run("--count 5 --max_new_tokens 8"),
+    "python evaluate_vqa.py --model tiny=. --shifts --count 300": Run(
+        "--count 5 --max_new_tokens 2", says="moved by 6 px"
+    ),
     "python train_sft.py --stage 1 --recipe siq-vl-0.5b --dry_run": Run(says="849,639,168"),
     "accelerate launch train_sft.py --stage 2 --recipe siq-vl-0.5b --load_in_4bit true": Run(PLAN, says="38,863,744"),
     "accelerate launch --config_file accelerate_configs/ddp.yaml train_sft.py --stage 1 --recipe siq-vl-0.5b": Run(
@@ -127,7 +148,7 @@ HOW = {
     "python train_distill.py --recipe siq-vl-0.5b --config hunyuanocr --dry_run": Run(says="12,469,120"),
     "python train_distill.py --recipe siq-vl-0.5b --dry_run": Run(says="Plan of stage 3"),
     "python generate_traces.py --teacher figures --count 14720 --duplicates none --output outputs/tiny/traces": Run(
-        "--count 40"
+        "--count 40", makes=True
     ),
     "python train_distill.py --config union --emergence_steps 50": Run(
         f"{TINY} --emergence_steps 2 --emergence_count 6"
@@ -136,13 +157,13 @@ HOW = {
     "python train_sft.py --stage 2 --recipe siq-vl-0.5b --batching packed --pack_tokens 4096 --dry_run": Run(),
     **{
         f"python benchmarks/{name}.py": Elsewhere("tests/test_benchmarks.py")
-        for name in ("training", "idefics3", "generation", "loader", "memory", "scaling", "fits")
+        for name in ("training", "idefics3", "generation", "loader", "memory", "scaling", "fits", "questions")
     },
-    "python -m siq_vl.doctor --recipe siq-vl-0.5b --stage 2 --random_weights true --sources figures": Run(
+    "python -m siq_vl.planning.doctor --recipe siq-vl-0.5b --stage 2 --random_weights true --sources figures": Run(
         says="GiB predicted"
     ),
-    "python -m siq_vl.sizes --language_model Qwen/Qwen2.5-1.5B-Instruct --lora_r 16": Run(says="Qwen2.5-1.5B"),
-    "python generate_traces.py --teacher figures --count 300": Run("--count 12", says="new traces"),
+    "python -m siq_vl.planning.sizes --language_model Qwen/Qwen2.5-1.5B-Instruct --lora_r 16": Run(says="Qwen2.5-1.5B"),
+    "python generate_traces.py --teacher figures --count 300": Run("--count 12", says="new traces", makes=True),
     "python generate_traces.py --teacher transformers --model Qwen/Qwen3-VL-2B-Thinking --questions mine.jsonl": Run(
         swap={"Qwen/Qwen3-VL-2B-Thinking": "."}, add="--trust_remote_code --max_new_tokens 64 --output outputs/local"
     ),
@@ -166,12 +187,12 @@ HOW = {
     "accelerate launch train_sft.py --stage 1 --vision_tower backbones/siglip2-tiny "
     "--language_model backbones/qwen2.5-tiny": Run(f"{TINY} --output_dir outputs/mine"),
 }
-# What the README leaves to its reader, in Python blocks.
+# What the documents leave to their reader, in Python blocks.
 PLACES = {"path/to/siq-vl": "."}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def commands_of(block: str) -> list[str]:
@@ -180,14 +201,14 @@ def commands_of(block: str) -> list[str]:
     return [" ".join(command.split()) for command in commands if command.strip()]
 
 
-def steps() -> list[tuple[str, str]]:
-    """The README's commands and Python blocks, `(language, text)`, in its order."""
-    found = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return [
-        (language, text)
-        for language, block in found
-        for text in (commands_of(block) if language == "bash" else [block])
-    ]
+def steps() -> dict[tuple[str, str], str]:
+    """The documents' commands and Python blocks, `(language, text)`, in order, and where each is shown first."""
+    found: dict[tuple[str, str], str] = {}
+    for name, document in DOCUMENTS.items():
+        for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", document, re.MULTILINE | re.DOTALL):
+            for text in commands_of(block) if language == "bash" else [block]:
+                found.setdefault((language, text), name)
+    return found
 
 
 def in_the_copy(folder: str, log: str, arguments: list[str]) -> None:
@@ -220,7 +241,7 @@ def in_the_copy(folder: str, log: str, arguments: list[str]) -> None:
         arguments = arguments[1:]
     sys.argv = arguments[1:] if arguments[0] == "-m" else arguments
     if arguments[0] == "-c":
-        exec(compile(arguments[1], "README.md", "exec"), {"__name__": "__main__"})  # noqa: S102
+        exec(compile(arguments[1], "document", "exec"), {"__name__": "__main__"})  # noqa: S102
     elif arguments[0] == "-m":
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
@@ -229,10 +250,10 @@ def in_the_copy(folder: str, log: str, arguments: list[str]) -> None:
 
 
 class Copy:
-    """A copy of the repo, with the files that the README takes for granted."""
+    """A copy of the repo, with the files that the documents take for granted."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.made = folder, set()
         ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__", ".*_cache", ".hypothesis", "*.log")
         shutil.copytree(REPO_ROOT, folder, ignore=ignored)
         picture = shutil.copy(folder / "docs" / "example.png", folder / "mine.png")
@@ -259,7 +280,9 @@ class Copy:
             process.kill()
         printed = log.read_text(errors="replace")
         # 1 from the doctor says that something would break on this machine, and is an answer.
-        assert process.exitcode == 0 or (process.exitcode == 1 and "siq_vl.doctor" in arguments), printed[-3000:]
+        assert process.exitcode == 0 or (process.exitcode == 1 and "siq_vl.planning.doctor" in arguments), printed[
+            -3000:
+        ]
         return printed
 
 
@@ -333,8 +356,27 @@ def check_elsewhere(command: str, how: Elsewhere) -> None:
     assert (REPO_ROOT / script).is_file() and script.stem in (REPO_ROOT / how.path).read_text()
 
 
-@pytest.mark.parametrize(("language", "text"), steps(), ids=[" ".join(text.split())[:70] for _, text in steps()])
+def make_what_is_needed(copy: Copy, step: tuple[str, str]) -> None:
+    """Run the commands before a step whose results others need, as far as their own tests have not run yet."""
+    for earlier in steps():
+        if earlier == step:
+            return
+        how = HOW.get(earlier[1])
+        if isinstance(how, Run) and how.makes:
+            run_once(copy, earlier[1], how)
+
+
+def run_once(copy: Copy, command: str, how: Run) -> None:
+    if command not in copy.made:
+        run_command(copy, command, how)
+        copy.made.add(command)
+
+
+@pytest.mark.parametrize(
+    ("language", "text"), steps(), ids=[f"{name}: {' '.join(text.split())[:70]}" for (_, text), name in steps().items()]
+)
 def test_the_readme_runs(copy, language, text):
+    make_what_is_needed(copy, (language, text))
     if language == "python":
         for name, other in PLACES.items():
             text = text.replace(name, other)
@@ -343,9 +385,9 @@ def test_the_readme_runs(copy, language, text):
     how = HOW.get(text)
     match how:
         case None:
-            pytest.fail(f"the README has a command that no test runs; give it a line in HOW of this file: {text}")
+            pytest.fail(f"a document has a command that no test runs; give it a line in HOW of this file: {text}")
         case Run():
-            run_command(copy, text, how)
+            run_once(copy, text, how)
         case Target():
             told = subprocess.run(["make", "-n", *text.split()[1:]], cwd=copy.folder, capture_output=True, text=True)
             assert told.returncode == 0 and how.runs in told.stdout, told.stderr
@@ -359,14 +401,40 @@ def test_the_readme_runs(copy, language, text):
             serve(copy, text, how)
 
 
+def test_the_output_shown_is_what_the_command_says():
+    (shown,) = [block for document in DOCUMENTS.values() for block in blocks("text", document)]
+    assert shown in [how.says for how in HOW.values() if isinstance(how, Run)]
+
+
 def test_no_line_of_the_table_is_left_over():
     assert HOW.keys() <= {text for language, text in steps() if language == "bash"}
 
 
-def test_inline_commands_exist():
-    """Commands in running text name scripts, modules and targets that are there."""
+def test_the_readme_is_short():
+    """A person finishes it; the rest is in docs/, and the README names every page."""
+    assert len(README.splitlines()) <= 250
+    pages = [name for name in DOCUMENTS if name not in ("README.md", "docs/ablations.md")]
+    assert [name for name in pages if f"({name})" not in README] == []
+
+
+def test_no_sentence_is_said_twice():
+    """In the documents that people write; a table or a command may be shown where it is needed."""
+    said: dict[str, str] = {}
+    for name, document in DOCUMENTS.items():
+        prose = re.sub(r"\A---\n.*?^---\n|^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL)
+        prose = re.sub(r"^[|#].*$", "", prose, flags=re.MULTILINE)
+        for paragraph in re.split(r"\n\s*\n|^\s*(?:-|\d\.) ", prose, flags=re.MULTILINE):
+            for sentence in re.split(r"(?<=[.?!]) ", " ".join(paragraph.split())):
+                if len(sentence.split()) >= 8:
+                    assert sentence not in said, f"{name} says what {said[sentence]} says: {sentence}"
+                    said[sentence] = name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_inline_commands_exist(document):
+    """Commands in running text name scripts, modules and targets that are there, and paths in it lead somewhere."""
     targets = set(re.findall(r"^([\w-]+):", (REPO_ROOT / "Makefile").read_text(), re.MULTILINE))
-    for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)):
+    for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL)):
         if made := re.match(r"make ([\w-]+)", code):
             assert made.group(1) in targets, code
         if script := re.match(r"python (\S+\.py)", code):
@@ -374,23 +442,61 @@ def test_inline_commands_exist():
         if module := re.match(r"python -m (siq_vl[\w.]*)", code):
             path = REPO_ROOT / module.group(1).replace(".", "/")
             assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), code
+        if re.fullmatch(r"(?:siq_vl|pretraining|backbones|recipes|tests|benchmarks|docs)/[\w./-]*", code):
+            assert (REPO_ROOT / code).exists(), code
 
 
-def test_links_and_paths_exist():
-    linked = re.findall(r'\]\(([^)#\s]+)\)|src="([^"]+)"', README)
-    named = [path for line in README.splitlines() if line.startswith("| `") for path in re.findall(r"`([^`]+)`", line)]
-    paths = [path for pair in linked for path in pair if path and not path.startswith("http")]
-    assert "docs/architecture.svg" in paths and "LICENSE" in paths
-    for path in [*paths, *(name for name in named if "/" in name or "." in name)]:
-        assert (REPO_ROOT / path).exists(), path
+def anchors(document: str) -> set[str]:
+    """The names that a document's headings are linked by."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_exist(name):
+    """Links lead from the document's folder to a file, and to a heading of it where they name one."""
+    links = [link for pair in re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', DOCUMENTS[name]) for link in pair if link]
+    if name == "README.md":
+        assert "docs/architecture.svg" in links and "LICENSE" in links
+    for link in links:
+        if link.startswith("http"):
+            continue
+        path, _, heading = link.partition("#")
+        target = (REPO_ROOT / name).parent / path if path else REPO_ROOT / name
+        assert target.exists(), link
+        assert not heading or heading in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_paths_in_tables_exist():
+    """Paths, from the root of the repo, in the first lines of tables."""
+    lines = [line for document in DOCUMENTS.values() for line in document.splitlines() if line.startswith("| `")]
+    named = [path for line in lines for path in re.findall(r"`([^`]+)`", line)]
+    assert "siq_vl/data" in named
+    for path in named:
+        if "/" in path or "." in path:
+            assert (REPO_ROOT / path).exists(), path
 
 
 def test_the_recipe_shown_parses():
     from siq_vl.training.recipes import DataArguments
 
-    for block in blocks("yaml"):
+    shown = [block for document in DOCUMENTS.values() for block in blocks("yaml", document)]
+    assert len(shown) == 1
+    for block in shown:
         sources = DataArguments(**yaml.safe_load(block)).sources
         assert [source.path for source in sources] == ["HuggingFaceM4/FineVision", "data/llava_instruct_150k.json"]
+
+
+def test_the_formats_shown_are_those_that_are_told():
+    from siq_vl.data.adapters import FORMATS, recognise
+
+    rows = re.findall(r"^\| `(\w+)` \| (`.*) \|$", DOCUMENTS["docs/data.md"], re.MULTILINE)
+    assert {name for name, _ in rows} == FORMATS.keys()
+    for name, told in rows:
+        for columns in told.split("; or "):
+            assert recognise(re.findall(r"`(\w+)`", columns)) == name
 
 
 def test_the_card_says_what_the_table_says():

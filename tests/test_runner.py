@@ -20,9 +20,9 @@ from transformers import (
 from siq_vl.data.sources import Source, SourceConfig
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation import runner
-from siq_vl.evaluation.figures import held_out_items
+from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.intervals import mcnemar, paired_bootstrap
-from siq_vl.evaluation.questions import items_of
+from siq_vl.evaluation.items import items_of
 from siq_vl.evaluation.runner import RunSettings, fault_report, fingerprint, load_any, run, same_questions
 
 SHORT = RunSettings(batch_size=4, max_new_tokens=6)
@@ -251,7 +251,7 @@ def test_two_processes_answer_what_one_does(checkpoint, items, make_model, proce
     program = tmp_path / "program.py"
     program.write_text(
         "import sys; from pathlib import Path\n"
-        "from siq_vl.evaluation.figures import held_out_items\n"
+        "from siq_vl.evaluation.held_out import held_out_items\n"
         "from siq_vl.evaluation.runner import RunSettings, load_any, process_state, run\n"
         "assert process_state().num_processes == 2\n"
         "made = run(*load_any(sys.argv[1]), held_out_items(10), Path(sys.argv[2]), RunSettings(4, 6))\n"

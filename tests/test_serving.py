@@ -1,25 +1,30 @@
 """Pipeline, server, and what serving engines ask of a model that they run through transformers."""
 
+import asyncio
 import base64
 import io
 import json
+import re
 import runpy
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+from hostile_requests import UNUSUAL, about, address, hostile, picture
 from transformers import AttentionInterface, AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from siq_vl.configuration_siq_vl import AUTO_MAP, TRANSFORMERS_4
-from siq_vl.evaluation.figures import held_out_items
+from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.loading import load_checkpoint
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration, SiQVLModel
+from siq_vl.serving import Allowed, Guard, Refused, RequestCheck
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -96,6 +101,115 @@ class TestServer:
         options = {"chat_template_kwargs": {"enable_thinking": False}}
         direct = chat(max_completion_tokens=64, extra_body=options).choices[0].message.content
         assert "<think>" not in direct and direct != generated(item, 64)
+
+    def test_hostile_requests_are_refused_and_a_good_one_is_answered_after_each_kind(self, url, chat, item):
+        for name, body, words in hostile()[::5]:
+            status, text = post(url, body)
+            assert status == 400 and re.search(words, json.loads(text)["error"]["message"]), (name, status, text)
+        assert chat(max_completion_tokens=64).choices[0].message.content == generated(item, 64)
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_unusual_requests_are_answered(self, url, stream):
+        for name, body in UNUSUAL.items():
+            status, text = post(url, json.dumps({**body, "stream": stream}).encode())
+            assert status == 200 and '"error"' not in text, (name, text)
+
+    def test_other_doors_are_closed(self, url):
+        for path in ("completions", "responses", "systemone", "audio/transcriptions", "../load_model", "../reset"):
+            assert post(url, b'{"model": "a/b"}', path)[0] == 404
+
+
+def post(url: str, body: bytes, path: str = "chat/completions") -> tuple[int, str]:
+    request = urllib.request.Request(f"{url}/{path}".replace("v1/../", ""), body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.fixture(scope="module")
+def check_with():
+    """Makes the check of the repo's checkpoint, with what clients may name."""
+    model, processor = load_checkpoint(str(REPO_ROOT))
+    return lambda **allowed: RequestCheck(model, processor, Allowed(**allowed))
+
+
+class TestRequestCheck:
+    def test_every_hostile_request_is_refused_with_a_reason(self, check_with):
+        requests, check = hostile(), check_with()
+        assert len(requests) > 150
+        for name, body, words in requests:
+            with pytest.raises(Refused) as refused:
+                check(body)
+            assert refused.value.status == 400 and re.search(words, str(refused.value)), name
+
+    def test_unusual_requests_pass(self, check_with):
+        for name, body in UNUSUAL.items():
+            assert check_with()(json.dumps(body).encode())["max_completion_tokens"] >= 1, name
+
+    def test_the_answer_gets_the_room_that_is_left(self, check_with):
+        body = {"messages": [{"role": "user", "content": "What is 1 + 1?"}]}
+        room = check_with()(json.dumps(body).encode())["max_completion_tokens"]
+        assert 900 < room < 1024
+        check_with()(json.dumps({**body, "max_tokens": room}).encode())
+        with pytest.raises(Refused, match=f"ask for at most {room} tokens"):
+            check_with()(json.dumps({**body, "max_tokens": room + 1}).encode())
+
+    def test_tokens_are_counted_as_the_model_gets_them(self, check_with, item):
+        file = io.BytesIO()
+        item.image.save(file, "PNG")
+        body = about(address(file.getvalue()), item.question)
+        del body["max_tokens"]
+        room = check_with()(json.dumps(body).encode())["max_completion_tokens"]
+        _, processor = load_checkpoint(str(REPO_ROOT))
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        assert room == 1024 - len(processor(images=item.image, text=text)["input_ids"][0])
+
+    def test_files_below_the_folder_alone(self, check_with, tmp_path):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "a.png").write_bytes(picture())
+        (tmp_path / "out.png").write_bytes(picture())
+        (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
+        check = check_with(folder=tmp_path / "in")
+        for name in ("a.png", str(tmp_path / "in" / "a.png"), (tmp_path / "in" / "a.png").as_uri()):
+            (message,) = check(json.dumps(about(name)).encode())["messages"]
+            assert message["content"][0]["image_url"]["url"] == address(picture())
+        for name in (
+            "../out.png",
+            "link.png",
+            str(tmp_path / "out.png"),
+            "file:///etc/passwd",
+            "/dev/zero",
+            "a\0",
+            "b" * 5000,
+        ):
+            with pytest.raises(Refused, match="cannot be read|is not there"):
+                check(json.dumps(about(name)).encode())
+
+    def test_remote_pictures_by_the_rule_of_the_project(self, check_with, monkeypatch):
+        check = check_with(remote=True)
+        for name in ("http://127.0.0.1:8000/a.png", "http://169.254.169.254/a", "http://[64:ff9b::7f00:1]/"):
+            with pytest.raises(Refused, match="points into a private network"):
+                check(json.dumps(about(name)).encode())
+        monkeypatch.setattr("siq_vl.serving.download_image", lambda url: picture())
+        (message,) = check(json.dumps(about("https://example.com/a.png")).encode())["messages"]
+        assert message["content"][0]["image_url"]["url"] == address(picture())
+
+    def test_a_body_without_end_is_refused(self, monkeypatch):
+        monkeypatch.setattr("siq_vl.serving.MAX_BODY_BYTES", 1000)
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": b" " * 100, "more_body": True}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/v1/chat/completions", "method": "POST", "headers": []}
+        asyncio.run(Guard(None, None)(scope, receive, send))
+        assert sent[0]["status"] == 413
 
 
 def answers(url: str) -> bool:

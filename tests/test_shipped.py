@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from siq_vl.evaluation import predictions as kept
-from siq_vl.evaluation.figures import held_out_items
+from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.loading import load_checkpoint
 from siq_vl.pretraining.gates import failures, gate_accuracies
 

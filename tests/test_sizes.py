@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
-from siq_vl.sizes import count, main, model_config, parse_options, training_memory
+from siq_vl.planning.sizes import count, main, model_config, parse_options, training_memory
 from siq_vl.training.recipes import RECIPES, STAGES, AdapterArguments, ModelArguments, recipe_names
 from siq_vl.training.stages import freeze_for_stage
 

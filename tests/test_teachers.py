@@ -20,14 +20,14 @@ from chat_server import FAULTS, sent_picture, serving
 from PIL import Image
 from processes import CONTEXT
 
-from siq_vl.distill.budget import Budget
-from siq_vl.distill.page import write_page
+from siq_vl.distill.budget import Budget, BudgetLimits
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import TraceQuestion, figure_questions
-from siq_vl.distill.selection import Selection, announce, settle
-from siq_vl.distill.teachers.base import Asked, TeacherLost
-from siq_vl.distill.teachers.local import TransformersTeacher, ready_settings
+from siq_vl.distill.selection import Selection, record_rules, update_verdicts
+from siq_vl.distill.store_page import write_page
+from siq_vl.distill.teachers.base import TeacherLost, TeacherRequest
+from siq_vl.distill.teachers.local import TransformersTeacher, defaults_for
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher, _read_completion
 from siq_vl.distill.traces import TraceStore, read_traces
 from siq_vl.distill.verification import Verification
@@ -43,14 +43,15 @@ def sums(count: int) -> list[TraceQuestion]:
 
 def server_teacher(url: str | list[str], **settings) -> ServerTeacher:
     settings = {"backoff": 0.001, "timeout": 2.0, "in_flight": 16, "sampling": {"max_tokens": 64}, **settings}
-    return ServerTeacher(ServerSettings("adder", [url] if isinstance(url, str) else url, **settings))
+    sampling = settings.pop("sampling")
+    return ServerTeacher("adder", ServerSettings([url] if isinstance(url, str) else url, **settings), sampling=sampling)
 
 
 def ask(folder: Path, teacher, questions, **options):
     with TraceStore(folder) as store:
-        announce(store, RULES)
+        record_rules(store, RULES)
         progress = Run(teacher, Prompts(), store, RULES, progress=False, **options).over(questions)
-        settle(store, RULES, Selection())
+        update_verdicts(store, RULES, Selection())
     return progress
 
 
@@ -87,18 +88,19 @@ def test_real_classes_really_run(name, tiny, tmp_path):
 def test_batched_replies_equal_single_ones_and_see_the_picture(name, tiny):
     teacher = TransformersTeacher(str(tiny[name]), max_new_tokens=8)
     questions = list(figure_questions(3))
-    asked = [Asked(question, question.pictures(), question.question) for question in questions]
+    asked = [TeacherRequest(question, question.pictures(), question.question) for question in questions]
     together = [said.text for said in teacher._generate(asked)]
     assert together == [teacher._generate([one])[0].text for one in asked]
     others = [
-        Asked(one.question, other.pictures, one.prompt) for one, other in zip(asked, asked[1:] + asked[:1], strict=True)
+        TeacherRequest(one.question, other.pictures, one.prompt)
+        for one, other in zip(asked, asked[1:] + asked[:1], strict=True)
     ]
     assert together != [said.text for said in teacher._generate(others)]
 
 
 def test_a_sampled_reply_hangs_on_its_seed_and_its_repeat(tiny):
     question = next(figure_questions(1))
-    asked = [Asked(question, question.pictures(), "?", repeat) for repeat in range(2)]
+    asked = [TeacherRequest(question, question.pictures(), "?", repeat) for repeat in range(2)]
 
     def replies(seed: int) -> list[str]:
         sampling = {"do_sample": True, "temperature": 1.5}
@@ -121,7 +123,7 @@ def test_a_sampled_reply_hangs_on_its_seed_and_its_repeat(tiny):
     ],
 )
 def test_ready_settings(model, family):
-    settings = ready_settings(model)
+    settings = defaults_for(model)
     assert settings.prompts == family
     assert Prompts(settings.prompts).versions
     assert "do_sample" in settings.sampling
@@ -154,8 +156,10 @@ def test_transformers_serve_answers_as_the_model_does(tiny, tmp_path):
             except OSError:
                 time.sleep(0.2)
         url = f"http://127.0.0.1:{port}/v1"
-        settings = ServerSettings(folder, [url], sampling={"max_tokens": 8}, in_flight=2, timeout=120)
-        served = ask(tmp_path / "served", ServerTeacher(settings), figure_questions(3))
+        settings = ServerSettings([url], in_flight=2, timeout=120)
+        served = ask(
+            tmp_path / "served", ServerTeacher(folder, settings, sampling={"max_tokens": 8}), figure_questions(3)
+        )
         assert (served.made, served.failed) == (3, 0)
     finally:
         server.terminate()
@@ -321,7 +325,7 @@ def test_failed_questions_are_asked_again_when_told_to(tmp_path):
 )
 def test_bad_base_urls_are_refused_without_repeating_their_secrets(url, message):
     with pytest.raises(ValueError, match=message) as refused:
-        ServerSettings("m", [url])
+        ServerSettings([url])
     assert "secret" not in str(refused.value)
 
 
@@ -333,10 +337,10 @@ def test_the_key_is_sent_and_appears_nowhere(tmp_path, monkeypatch, caplog, caps
             ask(tmp_path / "without", server_teacher(url), sums(5))
         monkeypatch.setenv("MY_KEY", "sk-wrong-0123456789")
         with pytest.raises(TeacherLost) as refused:  # this server repeats the key that it refuses
-            ask(tmp_path / "wrong", server_teacher(url, key_variable="MY_KEY"), sums(5))
+            ask(tmp_path / "wrong", server_teacher(url, api_key_env="MY_KEY"), sums(5))
         assert "sk-" not in str(refused.value)
         monkeypatch.setenv("MY_KEY", key)
-        progress = ask(tmp_path / "right", server_teacher(url, key_variable="MY_KEY"), sums(5))
+        progress = ask(tmp_path / "right", server_teacher(url, api_key_env="MY_KEY"), sums(5))
     assert (progress.made, progress.failed, server.counts["answered"]) == (5, 0, 5)
     page = write_page(tmp_path / "right")
     written = capsys.readouterr()
@@ -348,7 +352,7 @@ def test_the_key_is_sent_and_appears_nowhere(tmp_path, monkeypatch, caplog, caps
     ]
     assert page.exists() and len(places) > 5
     assert not any(key in text or "sk-wrong" in text for text in places)
-    teacher = server_teacher(url, key_variable="MY_KEY")
+    teacher = server_teacher(url, api_key_env="MY_KEY")
     assert teacher._redacted(f"Bearer {key} and sk-0123456789abc") == "[key] and [key]"
 
 
@@ -356,9 +360,9 @@ def test_a_budget_of_tokens_is_spent_and_never_overdrawn(tmp_path):
     with serving(latency=0.002) as (_, url):
 
         def budgeted(folder: str, tokens: int):
-            budget = Budget(tokens, max_new_tokens=64)
+            budget = Budget(BudgetLimits(tokens), max_new_tokens=64)
             with TraceStore(tmp_path / folder) as store:
-                budget.carry_over(*store.spent("adder"))
+                budget.carry_over(store.spent("adder"))
             return budget, ask(tmp_path / folder, server_teacher(url), sums(300), budget=budget)
 
         budget, progress = budgeted("store", 3000)
@@ -377,10 +381,10 @@ def test_a_budget_of_tokens_is_spent_and_never_overdrawn(tmp_path):
 
 def test_a_budget_of_money_counts_reading_and_writing_apart():
     async def spend() -> int:
-        budget, count = Budget(money=1.0, price_in=100.0, price_out=1000.0, max_new_tokens=500), 0
+        budget, count = Budget(BudgetLimits(max_cost=1.0, price_in=100.0, price_out=1000.0), max_new_tokens=500), 0
         while await budget.reserve():
             budget.count(1000, 400)
-            await budget.settle(None)
+            await budget.release()
             count += 1
         assert budget.spent_money == pytest.approx(count * 0.5)
         return count

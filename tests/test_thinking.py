@@ -8,10 +8,10 @@ from transformers import GenerationConfig
 
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.figures.rows import user_turn
-from siq_vl.evaluation.answers import is_well_formed, parse
 from siq_vl.evaluation.generation import complete, generate_texts, rendered
 from siq_vl.generation_siq_vl import ThinkingBudgetLogitsProcessor
 from siq_vl.loading import load_checkpoint
+from siq_vl.parsing.answers import is_well_formed, parse
 
 ROOM = 96  # tokens of a whole output: enough for every rationale of the shipped model's questions below
 

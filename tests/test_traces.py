@@ -16,17 +16,18 @@ from processes import CONTEXT
 
 from siq_vl.distill import card
 from siq_vl.distill.card import push_to_hub, write_card
-from siq_vl.distill.page import gallery, write_page
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import Prompts
-from siq_vl.distill.questions import ImagePolicy, Picture, TraceQuestion, figure_questions, file_questions
-from siq_vl.distill.selection import Selection, announce, settle
-from siq_vl.distill.summary import summarize
-from siq_vl.distill.teachers.base import Said, Teacher
+from siq_vl.distill.questions import EncodedPicture, ImagePolicy, TraceQuestion, figure_questions, file_questions
+from siq_vl.distill.schema import FEATURES
+from siq_vl.distill.selection import Selection, record_rules, update_verdicts
+from siq_vl.distill.store_page import gallery, write_page
+from siq_vl.distill.teachers.base import Teacher, TeacherReply
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.teachers.server import data_url
-from siq_vl.distill.traces import FEATURES, TraceStore, read_traces, trace_id
+from siq_vl.distill.traces import TraceStore, read_traces, trace_id
 from siq_vl.distill.verification import Verification
+from siq_vl.distill.yields import store_yield
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,7 +46,7 @@ class Scripted(Teacher):
 
     async def generate(self, asked):
         self.asked += [(one.question.id, one.repeat) for one in asked]
-        return [Said(self._outputs[one.question.id][one.repeat]) for one in asked]
+        return [TeacherReply(self._outputs[one.question.id][one.repeat]) for one in asked]
 
 
 def said(rationale: str, answer: str) -> str:
@@ -55,9 +56,9 @@ def said(rationale: str, answer: str) -> str:
 def ask(folder: Path, teacher: Teacher, questions, *, rules=None, selection=None, **options):
     rules = rules or Verification(language="")
     with TraceStore(folder) as store:
-        announce(store, rules)
+        record_rules(store, rules)
         progress = Run(teacher, Prompts(), store, rules, progress=False, **options).over(questions)
-        settle(store, rules, selection or Selection())
+        update_verdicts(store, rules, selection or Selection())
     return progress
 
 
@@ -219,7 +220,7 @@ def test_two_questions_of_one_id_are_refused(tmp_path):
 
 
 def test_an_unreadable_picture_ends_with_a_verdict_and_costs_nothing(tmp_path):
-    broken = TraceQuestion("1", "What?", sources=(Picture(b"no picture"),))
+    broken = TraceQuestion("1", "What?", sources=(EncodedPicture(b"no picture"),))
     teacher = Scripted("a", {"2": [said("it is red", "red")]})
     ask(tmp_path, teacher, [broken, TraceQuestion("2", "What?")])
     rows = {row["sample_id"]: row for row in rows_of(tmp_path)}
@@ -238,7 +239,7 @@ def test_other_rules_judge_old_traces_again_without_a_teacher(tmp_path):
     assert rows_of(tmp_path)[0]["rejected_by"] == ["answer"]
     ask(tmp_path, teacher, [question], rules=Verification(language="", match="relaxed"))
     assert rows_of(tmp_path)[0]["verdict"] == "kept"
-    ask(tmp_path, teacher, [question], rules=Verification(language="", min_tokens=9))
+    ask(tmp_path, teacher, [question], rules=Verification(language="", min_length=9))
     assert rows_of(tmp_path)[0]["rejected_by"] == ["answer", "length"]
     assert len(teacher.asked) == 1
 
@@ -263,7 +264,7 @@ def test_the_best_sample_is_the_most_agreed_with_then_nearest_to_the_target(tmp_
     question = TraceQuestion("1", "What?")  # without gold, agreement decides
     for target, best in ((0, 1), (6, 0)):
         folder = tmp_path / str(target)
-        selection = Selection(keep="best", target_tokens=target)
+        selection = Selection(keep="best", target_length=target)
         ask(folder, Scripted("a", outputs), [question], samples=3, selection=selection)
         rows = {row["repeat"]: row for row in rows_of(folder)}
         assert [repeat for repeat, row in rows.items() if row["verdict"] == "kept"] == [best]
@@ -277,7 +278,7 @@ def test_agreement_between_teachers_is_recorded(tmp_path):
     ask(tmp_path, Scripted("one", {q.id: [said(f"so {q.id}", "1200")] for q in questions}), questions)
     answers = {"0": "1,200", "1": "1200.0", "2": "7", "3": "7"}
     ask(tmp_path, Scripted("two", {q.id: [said("then", answers[q.id])] for q in questions}), questions)
-    assert summarize(tmp_path).pairs == {("one", "two"): (4, 2)}
+    assert store_yield(tmp_path).pairs == {("one", "two"): (4, 2)}
     assert {row["sample_id"]: row["agreement"] for row in rows_of(tmp_path)} == {"0": 1.0, "1": 1.0, "2": 0.0, "3": 0.0}
 
 
@@ -398,10 +399,10 @@ def test_pictures_by_reference(tmp_path, pictures):
 def test_pictures_are_sent_as_they_are_where_servers_know_the_format(encoding, mime):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, encoding)
-    kind, data = data_url(Picture(buffer.getvalue())).split(";base64,")
+    kind, data = data_url(EncodedPicture(buffer.getvalue())).split(";base64,")
     assert kind == f"data:{mime or 'image/png'}"
     assert (base64.b64decode(data) == buffer.getvalue()) == (mime is not None)
-    assert Picture(base64.b64decode(data)).image.size == (8, 8)
+    assert EncodedPicture(base64.b64decode(data)).image.size == (8, 8)
 
 
 # Page, card, command

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
-from siq_vl.training.loading import load_for_stage
 from siq_vl.training.recipes import AdapterArguments, parse_recipe
 from siq_vl.training.run import make_trainer, rows_needed, train_and_save
 from siq_vl.training.stages import freeze_for_stage
+from siq_vl.training.starting_model import load_for_stage
 
 SHORT = (
     "--max_steps",

@@ -4,24 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from siq_vl.data.fields import Dropped, as_list, as_object, bad_row, kind
 from siq_vl.processing_siq_vl import SPECIAL_TOKENS
 
 IMAGE_MARKER = "<image>"
 ROLES = ("system", "user", "assistant")
-
-
-class Dropped(Exception):
-    """A row is left out.
-
-    Args:
-        reason: a few words; rows are counted by it.
-        detail: what exactly is wrong with this row, for the log.
-        defect: the row is broken, rather than unwanted. Too many defects stop a run.
-    """
-
-    def __init__(self, reason: str, detail: str = "", *, defect: bool = False):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail, self.defect = reason, detail, defect
+# What a row may tell the chat template. Not the template itself, which keeps special tokens out of texts.
+TEMPLATE_OPTIONS = ("enable_thinking",)
 
 
 @dataclass(frozen=True)
@@ -34,7 +23,7 @@ class Conversation:
         messages: turns in TRL's format, their content a list of parts `{"type": "image"}` and
             `{"type": "text", "text": ...}`.
         ratings: quality ratings by name, one for each assistant turn (or None where a turn has none).
-        template_options: given to the chat template, for instance `{"enable_thinking": False}`.
+        template_options: given to the chat template: `{"enable_thinking": False}`, or nothing.
     """
 
     images: Sequence[Any]
@@ -44,20 +33,24 @@ class Conversation:
 
     def texts(self, role: str) -> list[str]:
         """Return the text of every turn of a role."""
-        return [text_of(message) for message in self.messages if message["role"] == role]
+        return [text_of(turn) for turn in self.messages if turn["role"] == role]
 
     def without_images(self) -> "Conversation":
         """Return the conversation with every picture withheld."""
-        messages = [
-            {**message, "content": [part for part in message["content"] if part["type"] != "image"]}
-            for message in self.messages
-        ]
+        messages = []
+        for turn in self.messages:
+            content = [part for part in turn["content"] if part["type"] != "image"]
+            messages.append({**turn, "content": content})
         return replace(self, images=[], messages=messages)
 
 
-def text_of(message: Mapping) -> str:
+def text_of(turn: Mapping) -> str:
     """Return the text of a message."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+    return "".join(part["text"] for part in turn["content"] if part["type"] == "text")
+
+
+def _count_images(turn: Mapping) -> int:
+    return sum(part["type"] == "image" for part in turn["content"])
 
 
 def message(role: str, text: str, images: int = 0) -> dict:
@@ -74,26 +67,80 @@ def with_markers(turns: Sequence[tuple[str, str]], images: int) -> list[dict]:
         Dropped: there are markers, and not as many as pictures.
     """
     markers = sum(text.count(IMAGE_MARKER) for role, text in turns if role == "user")
+    # Without any marker the row says nothing of places; with some it must say all.
     if markers not in (0, images):
         raise Dropped("image markers do not fit", f"{markers} markers for {images} pictures", defect=True)
-    messages, unplaced = [], 0 if markers else images
+    unplaced = images
+    if markers:
+        unplaced = 0
+    messages = []
     for role, text in turns:
-        if role == "user" and IMAGE_MARKER in text:
+        if role != "user":  # the assistant may write `<image>`, and means the word
+            messages.append(message(role, text))
+        elif IMAGE_MARKER in text:
             messages.append({"role": role, "content": _split_at_markers(text)})
         else:
-            messages.append(message(role, text, unplaced if role == "user" else 0))
-            unplaced = 0 if role == "user" else unplaced
+            messages.append(message(role, text, unplaced))
+            unplaced = 0
     return messages
 
 
 def _split_at_markers(text: str) -> list[dict]:
     parts: list[dict] = []
     for index, piece in enumerate(text.split(IMAGE_MARKER)):
-        if index:
+        if index:  # a marker lies before every piece but the first
             parts.append({"type": "image"})
-        if piece := piece.strip("\n"):
-            parts.append({"type": "text", "text": piece})
+        text_piece = piece.strip("\n")
+        if text_piece:
+            parts.append({"type": "text", "text": text_piece})
     return parts
+
+
+def well_formed(conversation: Conversation) -> Conversation:
+    """Return a conversation whose parts all have the type that they must have, whoever made it.
+
+    Raises:
+        Dropped: one has another, or a text is not Unicode, or the chat template is given what no row may give it.
+    """
+    as_list(conversation.images, "images")
+    as_object(conversation.ratings, "ratings")
+    for turn in as_list(conversation.messages, "messages"):
+        turn = as_object(turn, "a message")
+        role, content = turn.get("role"), turn.get("content")
+        if not isinstance(role, str):
+            raise bad_row(f"the role of a message is {kind(role)}, where one of {', '.join(ROLES)} is needed")
+        for part in as_list(content, "the content of a message"):
+            part = as_object(part, "a part of a message")
+            if part.get("type") == "text":
+                check_text(part.get("text"))
+            elif part.get("type") != "image":
+                raise bad_row("a part of a message is neither of type text nor of type image")
+    # Jinja takes any name: a row could replace the template itself, or its tools.
+    for name, value in as_object(conversation.template_options, "template_options").items():
+        if name not in TEMPLATE_OPTIONS:
+            allowed = ", ".join(TEMPLATE_OPTIONS)
+            raise Dropped("template option", f"a row may set {allowed} alone, not {str(name)[:80]!r}", defect=True)
+        if not isinstance(value, bool):
+            raise Dropped("template option", f"{name} is {kind(value)}, where true or false is needed", defect=True)
+    return conversation
+
+
+def check_text(text: Any) -> None:
+    """Refuse what is no text, or none that can be written as UTF-8.
+
+    Raises:
+        Dropped: it is such.
+    """
+    if not isinstance(text, str):
+        raise bad_row(f"the text of a message is {kind(text)}, where a text is needed")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Dropped(
+            "text that is not Unicode",
+            f"character {error.start} is U+{ord(text[error.start]):04X}, half of a surrogate pair",
+            defect=True,
+        ) from error
 
 
 def check(conversation: Conversation) -> None:
@@ -108,17 +155,24 @@ def check(conversation: Conversation) -> None:
         raise Dropped("no answer", "the last turn is not the assistant's", defect=True)
     for turn in messages:
         if turn["role"] not in ROLES:
-            raise Dropped("unknown role", f"role is {turn['role']!r}; known are {', '.join(ROLES)}", defect=True)
+            known = ", ".join(ROLES)
+            raise Dropped("unknown role", f"role is {turn['role'][:80]!r}; known are {known}", defect=True)
         text = text_of(turn)
         if turn["role"] == "assistant" and not text.strip():
             raise Dropped("empty answer", defect=True)
-        if turn["role"] == "user" and not text.strip() and not any(part["type"] == "image" for part in turn["content"]):
+        if turn["role"] == "user" and not text.strip() and not _count_images(turn):
             raise Dropped("empty question", defect=True)
-        if found := [token for token in SPECIAL_TOKENS if token in text]:
-            raise Dropped("special token in the text", f"the text holds {found[0]}", defect=True)
+        for token in SPECIAL_TOKENS:
+            # Such a text could end its turn, or speak for somebody else.
+            if token in text:
+                raise Dropped("special token in the text", f"the text holds {token}", defect=True)
+    # A chat template would render it, and supervise a text that answers nothing.
     if messages[0]["role"] == "assistant":
         raise Dropped("empty question", "the assistant speaks first", defect=True)
-    placeholders = sum(part["type"] == "image" for turn in messages for part in turn["content"])
+    if not any(turn["role"] == "user" for turn in messages):
+        raise Dropped("empty question", "there is no turn of the user", defect=True)
+    # The processor would refuse the whole batch.
+    placeholders = sum(map(_count_images, messages))
     if placeholders != len(conversation.images):
         raise Dropped(
             "image markers do not fit",

@@ -2,11 +2,14 @@
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from siq_vl.data.adapters import RATINGS
 from siq_vl.data.conversations import Conversation, Dropped
+from siq_vl.data.fields import as_list, as_number
 
 # How assistants begin when they refuse. Looked for, in lower case, in the first sentence of an answer.
 REFUSALS = (
@@ -73,9 +76,7 @@ def filtered(conversation: Conversation, config: FilterConfig) -> Conversation:
     answers, questions = conversation.texts("assistant"), conversation.texts("user")
     if config.drop_refusals:
         for answer in answers:
-            opening = re.split(r"[.!?\n]", answer.lower().replace("\u2019", "'"), maxsplit=1)[0]
-            if found := [phrase for phrase in config.refusal_phrases if phrase in opening]:
-                raise Dropped("refusal", found[0])
+            _refuse_refusal(answer, config.refusal_phrases)
     shortest = min(map(len, answers))
     if shortest < config.min_answer_characters:
         raise Dropped("answer too short", f"{shortest} characters, at least {config.min_answer_characters}")
@@ -85,6 +86,14 @@ def filtered(conversation: Conversation, config: FilterConfig) -> Conversation:
     return conversation
 
 
+def _refuse_refusal(answer: str, phrases: Sequence[str]) -> None:
+    # The first sentence alone: further on, "I cannot see" may well be about the picture.
+    opening = re.split(r"[.!?\n]", answer.lower().replace("\u2019", "'"), maxsplit=1)[0]
+    for phrase in phrases:
+        if phrase in opening:
+            raise Dropped("refusal", phrase)
+
+
 def _bound(reason: str, value: int, most: int | None) -> None:
     if most is not None and value > most:
         raise Dropped(reason, f"{value}, at most {most}")
@@ -92,32 +101,62 @@ def _bound(reason: str, value: int, most: int | None) -> None:
 
 def _well_rated(conversation: Conversation, least: Mapping[str, int]) -> Conversation:
     """Return the conversation without the turns that are rated too low; their pictures pass to the next turn."""
-    wanted = {name: bound for name, bound in least.items() if conversation.ratings.get(name)}
-    if not wanted:
+    ratings, bounds = {}, {}
+    for name, bound in least.items():
+        listed = _ratings(name, conversation.ratings.get(name))
+        if listed:  # a row without ratings passes
+            ratings[name], bounds[name] = listed, bound
+    if not ratings:
         return conversation
-    pairs = [conversation.messages[start : start + 2] for start in range(0, len(conversation.messages), 2)]
-    kept, orphans = [], []
-    low: dict[str, int] = {}
-    for index, pair in enumerate(pairs):
-        found = [name for name, bound in wanted.items() if _rating(conversation.ratings[name], index, bound) < bound]
-        question, *answer = pair
-        images = [part for part in question["content"] if part["type"] == "image"]
-        if found:
-            low[found[0]] = low.get(found[0], 0) + 1
-            orphans += images
-        else:
-            kept += [{**question, "content": [*orphans, *question["content"]]}, *answer]
-            orphans = []
+    kept: list[Mapping] = []
+    orphans: list[Mapping] = []  # pictures whose turn went, and which no turn has shown since
+    times_low: Counter[str] = Counter()
+    n_turns = 0
+    for start in range(0, len(conversation.messages), 2):
+        question, *answer = conversation.messages[start : start + 2]
+        low = _first_low(ratings, bounds, n_turns)
+        n_turns += 1
+        if low is not None:
+            times_low[low] += 1
+            orphans += [part for part in question["content"] if part["type"] == "image"]
+            continue
+        # Pictures of turns that went are shown by this turn, before its own.
+        kept += [{**question, "content": [*orphans, *question["content"]]}, *answer]
+        orphans = []
     if not kept:
-        raise Dropped(f"low {max(low, key=low.get)} rating", f"all {len(pairs)} turns are rated below {dict(wanted)}")
+        # Counted by the rating that was most often too low.
+        (commonest, _), *_ = times_low.most_common(1)
+        raise Dropped(f"low {commonest} rating", f"all {n_turns} turns are rated below {bounds}")
     if orphans:  # the last turns went, and pictures with them that no turn shows any more
         raise Dropped("picture without a turn", "the turns that show it are rated too low")
     return replace(conversation, messages=kept, ratings={})
 
 
-def _rating(ratings: Sequence[int | None], index: int, default: int) -> int:
-    """Return a turn's rating; a turn that was not rated passes."""
-    return default if index >= len(ratings) or ratings[index] is None else ratings[index]
+def _first_low(ratings: Mapping[str, Sequence[float | None]], bounds: Mapping[str, int], turn: int) -> str | None:
+    """Return the first rating of a turn, by name, that is below its bound; None where the turn is good enough."""
+    for name, listed in ratings.items():
+        # A turn that was not rated passes.
+        if turn < len(listed) and listed[turn] is not None and listed[turn] < bounds[name]:
+            return name
+    return None
+
+
+def _ratings(name: str, given: Any) -> list[float | None]:
+    """Return the ratings of a row's turns, none where it has none; of a turn that was not rated None.
+
+    Raises:
+        Dropped: they are no list of numbers.
+    """
+    if given is None:
+        return []
+    ratings: list[float | None] = []
+    for rating in as_list(given, f"{name}_ratings"):
+        # A missing number is null in some files and NaN, which differs from itself, in others.
+        if rating is None or rating != rating:
+            ratings.append(None)
+        else:
+            ratings.append(as_number(rating, f"{name}_ratings"))
+    return ratings
 
 
 class Duplicates:
@@ -138,12 +177,20 @@ class Duplicates:
         Raises:
             Dropped: its pictures, or the same questions about them, have been seen.
         """
-        images = hashlib.sha1(b"".join(hashlib.sha1(content).digest() for content in contents)).digest()
-        asked = "\n".join(" ".join(re.findall(r"\w+", question.lower())) for question in conversation.texts("user"))
-        question = hashlib.sha1(images + asked.encode()).digest()
-        if config.drop_duplicate_images and contents and images in self._images:
+        # Each picture is hashed on its own first: two pictures and their concatenation are not the same.
+        images = hashlib.sha1()
+        for content in contents:
+            images.update(hashlib.sha1(content).digest())
+        # Case and punctuation make no other question.
+        asked = []
+        for question in conversation.texts("user"):
+            asked.append(" ".join(re.findall(r"\w+", question.lower())))
+        of_images = images.digest()
+        of_questions = hashlib.sha1(of_images + "\n".join(asked).encode()).digest()
+        if config.drop_duplicate_images and contents and of_images in self._images:
             raise Dropped("duplicate image")
-        if config.drop_duplicate_questions and question in self._questions:
+        if config.drop_duplicate_questions and of_questions in self._questions:
             raise Dropped("duplicate question")
-        self._images.add(images)
-        self._questions.add(question)
+        # Only now: a row that is left out is nobody's duplicate.
+        self._images.add(of_images)
+        self._questions.add(of_questions)

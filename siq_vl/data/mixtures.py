@@ -2,6 +2,8 @@
 
 import logging
 import math
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -12,16 +14,19 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from siq_vl.data.conversations import Dropped
-from siq_vl.data.features import Pictures
+from siq_vl.data.feature_cache.pictures import Pictures, RowTransform, as_columns
 from siq_vl.data.figures import rows as figures
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.filters import Duplicates
-from siq_vl.data.reading import DropLog, Reader, Scorer
+from siq_vl.data.preprocessing import DropLog, Preprocessor, Scorer
 from siq_vl.data.scoring import SiglipScorer
 from siq_vl.data.sources import FIGURES, Source, SourceConfig
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 logger = logging.getLogger(__name__)
+
+_NO_END = "drawn figures have no end: set max_steps, train_samples, or max_samples of this source"
+_NO_BOUND = 2**40  # drawn figures before a stream begins anew: more than any run takes
 
 
 @dataclass
@@ -48,9 +53,12 @@ class MixtureConfig:
     )
 
     def __post_init__(self) -> None:
-        self.sources = [SourceConfig(**each) if isinstance(each, Mapping) else each for each in self.sources]
+        for place, source in enumerate(self.sources):
+            if isinstance(source, Mapping):  # as a recipe gives it
+                self.sources[place] = SourceConfig(**source)
         if not self.sources:
             raise ValueError("sources is empty; name at least one, for instance `path: figures`")
+        # A source without a weight would have no share beside weighted ones.
         weighted = [each.path for each in self.sources if each.weight is not None]
         if weighted and len(weighted) < len(self.sources):
             raise ValueError(f"weight is set for {', '.join(weighted)} alone; set it for every source or for none")
@@ -91,22 +99,25 @@ class MixtureReport:
     def to_dict(self) -> dict:
         """Return the counts, with what was left out so far, before and while training, for JSON."""
         dropped = self.drops.merged()
-        return {"sources": [{**asdict(each), "dropped": dropped.get(each.name, {})} for each in self.sources]}
+        sources = []
+        for count in self.sources:
+            sources.append({**asdict(count), "dropped": dropped.get(count.name, {})})
+        return {"sources": sources}
 
     def table(self) -> str:
         """Return the counts as a Markdown table."""
         lines = ["| source | share | rows used | kept of read | left out |", "|---|---|---|---|---|"]
-        for each in self.to_dict()["sources"]:
-            dropped = sorted(each["dropped"].items(), key=lambda item: -item[1])
-            kept = "while training" if each["kept"] is None else f"{each['kept']:,} of {each['read']:,}"
-            cells = (
-                each["name"],
-                f"{each['share']:.1%}",
-                "as many as the steps take" if each["used"] is None else f"{each['used']:,}",
-                kept,
-                ", ".join(f"{reason}: {count:,}" for reason, count in dropped) or "none",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
+        for count in self.to_dict()["sources"]:
+            used = "as many as the steps take"
+            if count["used"] is not None:
+                used = f"{count['used']:,}"
+            kept = "while training"
+            if count["kept"] is not None:
+                kept = f"{count['kept']:,} of {count['read']:,}"
+            # The commonest reason first.
+            by_number = sorted(count["dropped"].items(), key=lambda item: -item[1])
+            dropped = ", ".join(f"{reason}: {number:,}" for reason, number in by_number)
+            lines.append(f"| {count['name']} | {count['share']:.1%} | {used} | {kept} | {dropped or 'none'} |")
         return "\n".join(lines)
 
 
@@ -160,162 +171,362 @@ def build_mixture(
             end that no number of rows bounds; weights that are needed and not set.
     """
     drops = DropLog(config.max_bad_share, drop_log)
-    if [each.path for each in config.sources] == [FIGURES]:
+    if [source.path for source in config.sources] == [FIGURES]:
+        # The drawn data set alone keeps its own form of rows, and its own order.
         count = _bounded(count, config.sources[0])
         rows = figures.training_rows("train", count, task, seed=config.data_seed_offset, blind=config.blind)
         return Mixture(rows, MixtureReport([SourceCount(FIGURES, 1.0, read=count, kept=count, used=count)], drops))
     drops.begin({"mixture": asdict(config), "max_length": max_length})
-    if scorer is None and any(each.filters.min_image_text_score is not None for each in config.sources):
+    if scorer is None and any(source.filters.min_image_text_score is not None for source in config.sources):
         checkpoint = config.score_model or vision_tower
         if checkpoint is None:
             raise ValueError("min_image_text_score needs a SigLIP checkpoint with both towers: set score_model")
         scorer = SiglipScorer.from_pretrained(checkpoint)
-    reader = Reader(drops, processor, max_length, config.max_image_side, scorer, config.blind)
-    drawn = partial(_drawn, task=task, seed=config.data_seed_offset, blind=config.blind)
-    sources = [None if each.path == FIGURES else Source(each, base) for each in config.sources]
-    _name_apart(sources)
-    mixed = MixedRows(sources, reader, drawn, config)
-    mixture = mixed.stream(readers) if any(each.streaming for each in config.sources) else mixed.stored(count)
+    preprocessor = Preprocessor(drops, processor, max_length, config.max_image_side, scorer, config.blind)
+    mixed = MixedRows(_opened(config, task, base, preprocessor), config, drops)
+    streams = any(source.streaming for source in config.sources)
+    mixture = mixed.stream(readers) if streams else mixed.stored(count)
     logger.info("training rows\n%s", mixture.report.table())
     return mixture
 
 
-class MixedRows:
-    """The rows of several sources. See `build_mixture`; None stands for the drawn data set."""
+def _bounded(count: int | None, config: SourceConfig) -> int:
+    least = _least(count, config.max_samples)
+    if least is None:
+        raise ValueError(_NO_END)
+    return least
 
-    def __init__(self, sources: Sequence[Source | None], reader: Reader, drawn, config: MixtureConfig):
-        self.sources, self.reader, self.drawn, self.config = sources, reader, drawn, config
-        self.names = [FIGURES if source is None else source.name for source in sources]
-        self.kept: list[list[int]] = [[] for _ in sources]
-        self.unreadable: set[tuple[int, int]] = set()
 
-    def stored(self, count: int | None) -> Mixture:
-        """Look stored rows through, and return a mixture that any row can be read from."""
-        sizes = [self._size(index) for index in range(len(self.sources))]
-        shares = self._shares(sizes)
-        duplicates = Duplicates()
-        for index, source in enumerate(self.sources):
-            if source is not None:
-                wanted = sizes[index] if count is None else min(sizes[index], math.ceil(count * shares[index]))
-                self._look_through(index, wanted, duplicates)
-        kept = [
-            size if source is None else len(self.kept[i])
-            for i, (source, size) in enumerate(zip(self.sources, sizes, strict=True))
-        ]
-        used = self._used(count, shares, kept)
-        plan = [
-            (index, position if size is None else position % size)
-            for index, (rows, size) in enumerate(zip(used, kept, strict=True))
-            for position in range(rows)
-        ]
-        Random(f"{self.config.data_seed_offset}/plan").shuffle(plan)
-        columns = {"source": [index for index, _ in plan], "position": [position for _, position in plan]}
-        counts = [
-            SourceCount(
-                name,
-                rows / len(plan),
-                available=None if source is None else len(source),
-                read=rows if source is None else self.reader.drops.read[name],
-                kept=rows if source is None else len(self.kept[index]),
-                used=rows,
-            )
-            for index, (name, source, rows) in enumerate(zip(self.names, self.sources, used, strict=True))
-        ]
-        return Mixture(Dataset.from_dict(columns).with_transform(self._read), MixtureReport(counts, self.reader.drops))
+def _opened(config: MixtureConfig, task: str, base: Path | None, preprocessor: Preprocessor) -> "list[MixtureSource]":
+    """Open every source, and take note of the files that cannot be read."""
+    sources: list[MixtureSource] = []
+    times_named: Counter[str] = Counter()
+    for each in config.sources:
+        if each.path == FIGURES:
+            sources.append(DrawnFigures(each, task, config.data_seed_offset, config.blind))
+            continue
+        source = Source(each, base)
+        # Sources of one name are numbered, so that their counts stay apart.
+        times_named[source.name] += 1
+        if times_named[source.name] > 1:
+            source.name = f"{source.name} #{times_named[source.name]}"
+        sources.append(CheckedSource(source, config.data_seed_offset, preprocessor))
+    for opened in sources:
+        opened.note_damage()
+    return sources
 
-    def stream(self, readers: int) -> Mixture:
-        """Return a mixture without an end that is read in order, dealt out to so many readers."""
-        sizes = [None if source is None or source.streaming else self._size(i) for i, source in enumerate(self.sources)]
-        shares = self._shares(sizes)
-        rows = IterableDataset.from_generator(
-            partial(self._generate, readers=readers, shares=shares), gen_kwargs={"parts": list(range(readers))}
-        )
-        counts = [SourceCount(name, share) for name, share in zip(self.names, shares, strict=True)]
-        return Mixture(rows, MixtureReport(counts, self.reader.drops))
 
-    def row(self, index: int, position: int, pictures: Pictures | None = None) -> dict:
-        """Return a training row: that at a position of a source, or the next that can be read.
+class MixtureSource(ABC):
+    """A source as a mixture sees it, stored, streamed or drawn.
 
-        With `pictures`, those whose features are stored are not opened.
+    Args:
+        name: of its rows' counts and losses.
+        size: rows that it may give before training; None where it has no end.
+        streamed_size: the same for a mixture that is streamed; None where nobody knows.
+    """
+
+    name: str
+    size: int | None
+    streamed_size: int | None
+
+    @property
+    @abstractmethod
+    def kept(self) -> int | None:
+        """Different rows that it gives, once `look_through` has been called; None where it has no end."""
+
+    @abstractmethod
+    def look_through(self, most: int | None, duplicates: Duplicates) -> None:
+        """Find the rows that may be trained on, at most so many.
+
+        Raises:
+            ValueError: there is none, or too many are broken.
+        """
+
+    @abstractmethod
+    def row(self, position: int, pictures: Pictures) -> dict:
+        """Return the training row at a position below `kept`, its pictures come by through `pictures`."""
+
+    @abstractmethod
+    def rows(self, part: int, parts: int) -> Iterator[dict]:
+        """Yield one of the `parts` that the rows are dealt out in, over and over, without an end."""
+
+    @abstractmethod
+    def counted(self, used: int, share: float) -> SourceCount:
+        """Return what the source gives to a mixture that uses so many rows of it."""
+
+    @abstractmethod
+    def note_damage(self) -> None:
+        """Take note, among the rows left out, of files that cannot be read."""
+
+
+class DrawnFigures(MixtureSource):
+    """The drawn data set, without an end: every position has a figure of its own.
+
+    Args:
+        config: bounds it, by `max_samples`.
+        task: what figures are asked.
+        seed: stream of figures.
+        blind: withhold every picture.
+    """
+
+    name = FIGURES
+    streamed_size = None
+
+    def __init__(self, config: SourceConfig, task: str, seed: int, blind: bool):
+        self.size = config.max_samples
+        self.task, self.seed, self.blind = task, seed, blind
+
+    @property
+    def kept(self) -> int | None:
+        return self.size
+
+    def note_damage(self) -> None:
+        """Do nothing: there are no files."""
+
+    def look_through(self, most: int | None, duplicates: Duplicates) -> None:
+        """Do nothing: a drawn figure is always fit to train on."""
+
+    def row(self, position: int, pictures: Pictures) -> dict:
+        made = figures.row(sample("train", position, seed=self.seed), self.task, blind=self.blind)
+        return {
+            "images": list(map(pictures.from_pixels, made["images"])),
+            "messages": [*made["prompt"], *made["completion"]],
+            "source": FIGURES,
+            "chat_template_kwargs": made.get("chat_template_kwargs", {}),
+        }
+
+    def rows(self, part: int, parts: int) -> Iterator[dict]:
+        most = _NO_BOUND
+        if self.size is not None:
+            most = math.ceil(self.size / parts)
+        while True:
+            for position in range(most):
+                # Every part has figures of its own; a streamed picture is seen once, and its features are not stored.
+                yield self.row(position * parts + part, Pictures())
+
+    def counted(self, used: int, share: float) -> SourceCount:
+        return SourceCount(self.name, share, read=used, kept=used, used=used)
+
+
+class CheckedSource(MixtureSource):
+    """The rows of a `Source` that pass every check and filter.
+
+    Args:
+        source: the rows, as they are stored.
+        seed: of their order.
+        preprocessor: checks them, and opens their pictures.
+    """
+
+    def __init__(self, source: Source, seed: int, preprocessor: Preprocessor):
+        self.source, self.seed, self.preprocessor = source, seed, preprocessor
+        self.name, self.drops = source.name, preprocessor.drops
+        self.most = source.config.max_samples
+        self.size = self.streamed_size = None
+        if not source.streaming:
+            self.size = self.streamed_size = _least(len(source), self.most)
+        self.numbers: list[int] = []  # of the rows that passed
+        self.unreadable: set[int] = set()  # of these, by number, whose pictures turned out not to be readable
+
+    @property
+    def kept(self) -> int:
+        return len(self.numbers)
+
+    def note_damage(self) -> None:
+        for place, (file, why) in enumerate(self.source.damaged.items()):
+            # Files have no row number: they count downwards from -1.
+            self.drops.add(self.name, -1 - place, Dropped("file that cannot be read", f"{file}: {why}", defect=True))
+
+    def look_through(self, most: int | None, duplicates: Duplicates) -> None:
+        wanted = _least(self.size, most)
+        # Drawn at random, so that a part of a source is like the whole.
+        order = list(range(len(self.source)))
+        Random(f"{self.seed}/{self.name}").shuffle(order)
+        numbers = tqdm(order, desc=f"looking through {self.name}", disable=None)
+        rows = ((number, self.source[number]) for number in numbers)
+        for number, _ in self.preprocessor.accepted(self.source, rows, duplicates):
+            self.numbers.append(number)
+            if self.kept == wanted:
+                break
+        if not self.numbers:
+            why = self.drops.summary(self.name) or "it is empty"
+            raise ValueError(f"nothing is left of {self.name}, {len(self.source)} rows: {why}")
+
+    def row(self, position: int, pictures: Pictures) -> dict:
+        """Return the training row at a position, or the next that can be read.
 
         Raises:
             ValueError: none can be read, or too many cannot.
         """
-        source = self.sources[index]
-        if source is None:
-            return self.drawn(position)
-        kept, drops = self.kept[index], self.reader.drops
-        for step in range(len(kept)):
-            number = kept[(position + step) % len(kept)]
-            if (index, number) in self.unreadable:
+        for step in range(self.kept):
+            number = self.numbers[(position + step) % self.kept]
+            if number in self.unreadable:
                 continue
-            drops.read[source.name] += 1
+            # Counted as read again, since a picture that cannot be read is counted as broken only now.
+            self.drops.read[self.name] += 1
             try:
-                return self.reader.training_row(source, self.reader.conversation(source, source[number]), pictures)
+                conversation = self.preprocessor.conversation(self.source, self.source[number])
+                return self.preprocessor.training_row(self.source, conversation, pictures)
             except Dropped as dropped:
-                self.unreadable.add((index, number))
-                drops.add(source.name, number, dropped)
-        raise ValueError(f"no row of {source.name} can be read: {drops.reasons.get(source.name)}")
+                self.unreadable.add(number)
+                self.drops.add(self.name, number, dropped)
+        raise ValueError(f"no row of {self.name} can be read: {self.drops.summary(self.name)}")
 
-    def _read(self, batch: Mapping, pictures: Pictures | None = None) -> dict[str, list]:
-        rows = [self.row(*place, pictures) for place in zip(batch["source"], batch["position"], strict=True)]
-        return {name: [row[name] for row in rows] for name in rows[0]}
+    def rows(self, part: int, parts: int) -> Iterator[dict]:
+        most = None
+        if self.most is not None:
+            most = math.ceil(self.most / parts)
+        seed, passes = self.seed, 0
+        while True:
+            found, read_before = 0, self.drops.read[self.name]
+            # Shuffled anew each time; but a bounded source takes the same rows again, the first of one order.
+            if most is None:
+                seed = self.seed + 1000 * passes
+            for row in self._once(part, parts, seed):
+                found += 1
+                yield row
+                if found == most:
+                    break
+            if self.drops.read[self.name] == read_before:
+                return  # no row is dealt out to this part
+            if not found:
+                self._check_others(part, parts, seed)
+                return
+            passes += 1
 
-    def _size(self, index: int) -> int | None:
-        """Return how many rows a source may give; None where only the recipe's steps bound it."""
-        source, most = self.sources[index], self.config.sources[index].max_samples
-        if source is None:
-            return most
-        return len(source) if most is None else min(len(source), most)
+    def _once(self, part: int, parts: int, seed: int) -> Iterator[dict]:
+        """Yield the rows of one part that can be trained on, once, in an order of their own."""
+        stored = self.source.stream(part, parts, seed)
+        # Duplicates are looked for within one pass: the next pass reads the same rows again.
+        for number, conversation in self.preprocessor.accepted(self.source, stored, Duplicates()):
+            try:
+                yield self.preprocessor.training_row(self.source, conversation)
+            except Dropped as dropped:
+                self.drops.add(self.name, number, dropped)
+
+    def _check_others(self, part: int, parts: int, seed: int) -> None:
+        """Refuse a source of which no other part has a row either: none of it can be trained on."""
+        for other in range(parts):
+            if other == part:
+                continue
+            for _ in self._once(other, parts, seed):
+                return
+        raise ValueError(f"nothing is left of {self.name}: {self.drops.summary(self.name)}")
+
+    def counted(self, used: int, share: float) -> SourceCount:
+        read = self.drops.read[self.name]
+        return SourceCount(self.name, share, available=len(self.source), read=read, kept=self.kept, used=used)
+
+
+def _least(*bounds: int | None) -> int | None:
+    """Return the least of bounds, of which each may be missing; None where all are."""
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+class MixedRows(RowTransform):
+    """The rows of several sources, as a data set that is stored or streamed. See `build_mixture`.
+
+    Args:
+        sources: the sources, in the order of `config.sources`.
+        config: of the mixture.
+        drops: takes note of the rows that are left out.
+    """
+
+    def __init__(self, sources: Sequence[MixtureSource], config: MixtureConfig, drops: DropLog):
+        self.sources, self.config, self.drops = sources, config, drops
+
+    def stored(self, count: int | None) -> Mixture:
+        """Look stored rows through, and return a mixture that any row can be read from."""
+        shares = self._shares([source.size for source in self.sources])
+        duplicates = Duplicates()  # one for all: what one source has is a duplicate in the next
+        for source, share in zip(self.sources, shares, strict=True):
+            # No more rows are looked at than the run will use: each costs reading and checking.
+            most = None
+            if count is not None:
+                most = math.ceil(count * share)
+            source.look_through(most, duplicates)
+        used = self._used(count, shares)
+        plan = []  # (source, position) of each row
+        for index, (source, rows) in enumerate(zip(self.sources, used, strict=True)):
+            for position in range(rows):
+                # A source that has fewer rows than its share wants gives them again.
+                if source.kept is not None:
+                    position %= source.kept
+                plan.append((index, position))
+        # Shuffled here, not by the trainer alone: the first rows, which may be held out, are to be of every source.
+        Random(f"{self.config.data_seed_offset}/plan").shuffle(plan)
+        columns = {"source": [index for index, _ in plan], "position": [position for _, position in plan]}
+        counts = []
+        for source, rows in zip(self.sources, used, strict=True):
+            counts.append(source.counted(rows, rows / len(plan)))
+        return Mixture(Dataset.from_dict(columns).with_transform(self), MixtureReport(counts, self.drops))
+
+    def stream(self, readers: int) -> Mixture:
+        """Return a mixture without an end that is read in order, dealt out to so many loader processes."""
+        shares = self._shares([source.streamed_size for source in self.sources])
+        rows = IterableDataset.from_generator(
+            partial(self._generate, readers=readers, shares=shares), gen_kwargs={"parts": list(range(readers))}
+        )
+        counts = []
+        for source, share in zip(self.sources, shares, strict=True):
+            counts.append(SourceCount(source.name, share))
+        return Mixture(rows, MixtureReport(counts, self.drops))
+
+    def read(self, batch: Mapping[str, list], pictures: Pictures) -> dict[str, list]:
+        """Return the columns of planned rows; see `RowTransform`."""
+        rows = []
+        for index, position in zip(batch["source"], batch["position"], strict=True):
+            rows.append(self.sources[index].row(position, pictures))
+        return as_columns(rows)
 
     def _shares(self, sizes: Sequence[int | None]) -> list[float]:
-        weights = [each.weight for each in self.config.sources]
-        if len(weights) == 1:
+        """Return each source's share of the mixture: by the weights or, where none is set, by the sizes."""
+        if len(self.sources) == 1:
             return [1.0]
-        if None in weights:
-            endless = [name for name, size in zip(self.names, sizes, strict=True) if size is None]
-            if endless:
-                raise ValueError(f"{', '.join(endless)} has no known size: set `weight` for every source")
-            weights = list(sizes)
+        weights: list[float] = []
+        endless = []
+        for source, each, size in zip(self.sources, self.config.sources, sizes, strict=True):
+            if each.weight is not None:
+                weights.append(each.weight)
+            elif size is not None:
+                weights.append(size)
+            else:
+                endless.append(source.name)
+        if endless:
+            raise ValueError(f"{', '.join(endless)} has no known size: set `weight` for every source")
         return [weight / sum(weights) for weight in weights]
 
-    def _look_through(self, index: int, wanted: int, duplicates: Duplicates) -> None:
-        """Keep `wanted` rows of a source that pass every check and filter, drawn at random."""
-        source = self.sources[index]
-        order = list(range(len(source)))
-        Random(f"{self.config.data_seed_offset}/{source.name}").shuffle(order)
-        rows = ((number, source[number]) for number in tqdm(order, desc=f"looking through {source.name}", disable=None))
-        for number, _ in self.reader.accepted(source, rows, duplicates):
-            self.kept[index].append(number)
-            if len(self.kept[index]) == wanted:
-                break
-        if not self.kept[index]:
-            reasons = dict(self.reader.drops.reasons.get(source.name, {}))
-            raise ValueError(f"nothing is left of {source.name}, {len(source)} rows: {reasons or 'it is empty'}")
-
-    def _used(self, count: int | None, shares: Sequence[float], kept: Sequence[int | None]) -> list[int]:
+    def _used(self, count: int | None, shares: Sequence[float]) -> list[int]:
         """Return how many rows each source gives: `count` in all, or as many as repeat none."""
         if count is None:
-            if None in kept:
-                raise ValueError(
-                    "drawn figures have no end: set max_steps, train_samples, or max_samples of this source"
-                )
-            if self.config.sources[0].weight is None:
-                return list(kept)
-            whole = min(rows / share for rows, share in zip(kept, shares, strict=True))
-            return [max(1, math.floor(whole * share + 1e-9)) for share in shares]
+            return self._whole(shares)
         used = [math.floor(count * share) for share in shares]
+        # What rounding down has left goes to the sources that lost most by it.
         by_remainder = sorted(range(len(shares)), key=lambda index: used[index] - count * shares[index])
         for index in by_remainder[: count - sum(used)]:
             used[index] += 1
         return used
+
+    def _whole(self, shares: Sequence[float]) -> list[int]:
+        """Return how many rows each source gives to the largest mixture of these shares that repeats none."""
+        kept = []
+        for source in self.sources:
+            if source.kept is None:
+                raise ValueError(_NO_END)
+            kept.append(source.kept)
+        if self.config.sources[0].weight is None:
+            return kept
+        # The source that runs out first ends the mixture.
+        whole = min(rows / share for rows, share in zip(kept, shares, strict=True))
+        # What should come out whole may come out a little below.
+        return [max(1, math.floor(whole * share + 1e-9)) for share in shares]
 
     def _generate(self, parts: Sequence[int], readers: int, shares: Sequence[float]) -> Iterator[dict]:
         """Yield one reader's rows without an end, each from the source that is furthest behind its share.
 
         `datasets` deals the list `parts` out, and so every reader is called with one of them.
         """
-        streams = {index: self._endless(index, parts[0], readers) for index in range(len(self.sources))}
+        streams = {index: source.rows(parts[0], readers) for index, source in enumerate(self.sources)}
+        # Each row earns every source its share, and costs the source that gives it 1.
         credit = dict.fromkeys(streams, 0.0)
         while streams:
             for index in streams:
@@ -327,59 +538,3 @@ class MixedRows:
                 del streams[index]
             else:
                 yield row
-
-    def _endless(self, index: int, part: int, readers: int) -> Iterator[dict]:
-        """Yield a source's rows over and over, shuffled anew each time."""
-        source, most, passes = self.sources[index], self.config.sources[index].max_samples, 0
-        if most is not None:
-            most = math.ceil(most / readers)
-        while source is None:
-            for position in range(most or 2**40):
-                yield self.drawn(position * readers + part)
-        while True:
-            found, before, duplicates = 0, self.reader.drops.read[source.name], Duplicates()
-            seed = self.config.data_seed_offset + 1000 * passes if most is None else self.config.data_seed_offset
-            for number, conversation in self.reader.accepted(source, source.stream(part, readers, seed), duplicates):
-                try:
-                    row = self.reader.training_row(source, conversation)
-                except Dropped as dropped:
-                    self.reader.drops.add(source.name, number, dropped)
-                    continue
-                found += 1
-                yield row
-                if found == most:
-                    break
-            if self.reader.drops.read[source.name] == before:
-                return
-            if not found:
-                reasons = dict(self.reader.drops.reasons.get(source.name, {}))
-                raise ValueError(f"nothing is left of {source.name}: {reasons}")
-            passes += 1
-
-
-def _drawn(index: int, task: str, seed: int, blind: bool) -> dict:
-    """Return a drawn figure's row in the form of the other sources' rows."""
-    made = figures.row(sample("train", index, seed=seed), task, blind=blind)
-    return {
-        "images": made["images"],
-        "messages": [*made["prompt"], *made["completion"]],
-        "source": FIGURES,
-        "chat_template_kwargs": made.get("chat_template_kwargs", {}),
-    }
-
-
-def _bounded(count: int | None, config: SourceConfig) -> int:
-    bounds = [bound for bound in (count, config.max_samples) if bound is not None]
-    if not bounds:
-        raise ValueError("drawn figures have no end: set max_steps, train_samples, or max_samples of this source")
-    return min(bounds)
-
-
-def _name_apart(sources: Sequence[Source | None]) -> None:
-    """Number the sources of one name, so that their counts stay apart."""
-    seen: dict[str, int] = {}
-    for source in sources:
-        if source is not None:
-            seen[source.name] = seen.get(source.name, 0) + 1
-            if seen[source.name] > 1:
-                source.name = f"{source.name} #{seen[source.name]}"

@@ -32,6 +32,7 @@ IMAGE_TENSORS = ("pixel_values", "vision_features")  # their first dimension cou
 ATTENTION = ("sdpa", "eager", "flex_attention")  # keep samples apart by the restarting positions alone
 FLASH = ("flash_attention_2", "flash_attention_3")  # are given the bounds of the samples, too
 SDPA_BY_SAMPLE = "sdpa_by_sample"
+_COUNTED_ROWS = 16  # that are collated at once to count their tokens
 
 
 def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -40,28 +41,33 @@ def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]
     A sample of more than `budget` tokens has a row of its own: nothing is cut or left out.
     """
     rows: list[list[int]] = []
-    room: list[int] = []
+    room: list[int] = []  # tokens that still fit each row
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        place = next((row for row, left in enumerate(room) if lengths[index] <= left), None)
-        if place is None:
-            place = len(rows)
+        row = 0
+        while row < len(rows) and lengths[index] > room[row]:
+            row += 1
+        if row == len(rows):  # it fits none: a new one is begun
             rows.append([])
             room.append(budget)
-        rows[place].append(index)
-        room[place] -= lengths[index]
+        rows[row].append(index)
+        room[row] -= lengths[index]
     return [sorted(row) for row in rows]
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(lengths), batch_size):
+        yield lengths[start : start + batch_size]
 
 
 def padding_share(lengths: Sequence[int], batch_size: int) -> float:
     """Return the share of a padded batch's positions that are padding, over batches of `batch_size` in this order."""
-    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
-    return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
+    positions = sum(len(batch) * max(batch) for batch in _batches(lengths, batch_size))
+    return 1 - sum(lengths) / positions
 
 
 def fill(lengths: Sequence[int], budget: int, batch_size: int) -> float:
     """Return how full packed rows are, as a share of `budget`, where `batch_size` samples are packed together."""
-    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
-    rows = sum(len(first_fit_decreasing(batch, budget)) for batch in batches)
+    rows = sum(len(first_fit_decreasing(batch, budget)) for batch in _batches(lengths, batch_size))
     return sum(lengths) / (rows * budget)
 
 
@@ -90,8 +96,26 @@ class PackedRows:
 
 
 @dataclass
+class _Sample:
+    """One sample of a padded batch, its padding gone.
+
+    Args:
+        tokens: tensors of shape `(n_tokens,)`, by name.
+        listed: what the collator lists for each sample, by name, such as its source.
+        images: tensors of the sample's own images, by name; none where it has no image.
+    """
+
+    tokens: dict[str, torch.Tensor]
+    listed: dict[str, Any]
+    images: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tokens["input_ids"])
+
+
+@dataclass
 class PackingCollator:
-    """Any collator of padded batches, with its batches packed.
+    """Any collator of padded batches, with its batches packed. See `siq_vl.data.collation` for what it is put around.
 
     Args:
         collate: makes `input_ids`, `attention_mask`, `labels` and any further tensors of shape `(batch_size,
@@ -117,60 +141,74 @@ class PackingCollator:
         Raises:
             ValueError: the collator made a tensor that belongs neither to tokens nor to images, or its own check fails.
         """
-        batch = self.collate(samples)
+        separate = self._taken_apart(self.collate(samples))
+        rows = []
+        for indices in first_fit_decreasing(list(map(len, separate)), self.budget):
+            rows.append(self._joined([separate[index] for index in indices]))
+        return PackedRows(rows)
+
+    def _taken_apart(self, batch: dict[str, Any]) -> list[_Sample]:
+        """Return the samples of a padded batch, each on its own."""
         mask = batch.pop("attention_mask").bool()
-        images = self._images(batch)
-        parts = []
+        images = self._images_by_sample(batch)
+        samples = []
         for index, visible in enumerate(mask):
-            part = {name: self._own(name, value, index, visible) for name, value in batch.items()}
-            part["labels"][0] = IGNORED
-            part["position_ids"] = torch.arange(len(part["input_ids"]))
-            parts.append(part)
-        rows = first_fit_decreasing([len(part["input_ids"]) for part in parts], self.budget)
-        return PackedRows(
-            self._join([parts[index] for index in row], [images[index] for index in row if index in images])
-            for row in rows
-        )
+            sample = _Sample({}, {}, images[index])
+            for name, value in batch.items():
+                if isinstance(value, torch.Tensor) and value.shape == mask.shape:
+                    sample.tokens[name] = value[index][visible].clone()
+                elif isinstance(value, list):  # one entry a sample, such as its source
+                    sample.listed[name] = value[index]
+                else:
+                    raise ValueError(
+                        f"{name} cannot be packed: a batch holds tensors of shape (batch_size, sequence_length), lists "
+                        f"of one entry a sample, and {' or '.join(IMAGE_TENSORS)}"
+                    )
+            # Its logits come from the last token of the sample before.
+            sample.tokens["labels"][0] = IGNORED
+            sample.tokens["position_ids"] = torch.arange(len(sample))
+            samples.append(sample)
+        return samples
 
-    def _images(self, batch: dict[str, Any]) -> dict[int, dict[str, torch.Tensor]]:
-        """Take the images out of a batch; return each sample's own, of the samples that have some."""
-        found = {name: batch.pop(name) for name in IMAGE_TENSORS if name in batch}
-        if not found:
-            return {}
-        tokens = (batch["input_ids"] == self.image_token_id).sum(dim=1)
-        count = len(next(iter(found.values())))
-        per_image = int(tokens.sum()) // count
-        counts = (tokens // per_image).tolist()
-        if (tokens % per_image).any() or sum(counts) != count:
+    def _images_by_sample(self, batch: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+        """Take the images out of a batch; return each sample's own, as tensors by name."""
+        own: list[dict[str, torch.Tensor]] = [{} for _ in batch["input_ids"]]
+        present = [name for name in IMAGE_TENSORS if name in batch]
+        if not present:
+            return own
+        # A sample's placeholders tell how many of the batch's images are its own.
+        placeholders = (batch["input_ids"] == self.image_token_id).sum(dim=1)
+        n_images = len(batch[present[0]])
+        per_image = max(1, int(placeholders.sum()) // n_images)
+        counts = (placeholders // per_image).tolist()
+        if (placeholders % per_image).any() or sum(counts) != n_images:
             raise ValueError(
-                f"{count} images for {tokens.tolist()} placeholders a sample: images of one batch must have equally many"
+                f"{n_images} images for {placeholders.tolist()} placeholders a sample: images of one batch must have "
+                "equally many"
             )
-        split = {name: value.split(counts) for name, value in found.items()}
-        return {i: {name: parts[i] for name, parts in split.items()} for i, own in enumerate(counts) if own}
+        for name in present:
+            for index, images in enumerate(batch.pop(name).split(counts)):
+                if len(images):
+                    own[index][name] = images
+        return own
 
-    def _own(self, name: str, value: Any, index: int, visible: torch.Tensor) -> Any:
-        """Return a sample's own part of what the collator made for a batch."""
-        if isinstance(value, torch.Tensor) and value.shape == (len(value), len(visible)):
-            return value[index][visible].clone()
-        if isinstance(value, list):
-            return value[index]
-        raise ValueError(
-            f"{name} cannot be packed: a batch holds tensors of shape (batch_size, sequence_length), lists of one entry "
-            f"a sample, and {' or '.join(IMAGE_TENSORS)}"
-        )
-
-    def _join(self, parts: Sequence[dict[str, Any]], images: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    def _joined(self, samples: Sequence[_Sample]) -> dict[str, Any]:
         """Return one row of several samples, as the model takes it."""
+        # Restarting positions keep samples apart only without a cache; the model refuses them with one.
         row: dict[str, Any] = {"use_cache": False}
-        for name, value in parts[0].items():
-            own = [part[name] for part in parts]
-            row[name] = torch.cat(own).unsqueeze(0) if isinstance(value, torch.Tensor) else own
-        for name in images[0] if images else ():
-            row[name] = torch.cat([each[name] for each in images])
-        lengths = [len(part["input_ids"]) for part in parts]
+        for name in samples[0].tokens:
+            row[name] = torch.cat([sample.tokens[name] for sample in samples]).unsqueeze(0)
+        for name in samples[0].listed:
+            row[name] = [sample.listed[name] for sample in samples]
+        for name in IMAGE_TENSORS:
+            images = [sample.images[name] for sample in samples if name in sample.images]
+            if images:
+                row[name] = torch.cat(images)
+        lengths = list(map(len, samples))
         if self.attention == SDPA_BY_SAMPLE:
             row["sample_lengths"] = lengths
         if self.attention in FLASH:
+            # Flash attention's kernels for rows of unlike lengths take where each begins and the last ends.
             starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
             row |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
             row |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
@@ -208,7 +246,7 @@ def _sdpa_by_sample(
         query: of shape `(1, n_heads, n_tokens, head_dim)`; key and value alike, with their own number of heads.
         key: see query.
         value: see query.
-        attention_mask: for rows that are not packed.
+        attention_mask: for rows that are not packed, and for samples longer than the layer's sliding window.
         sample_lengths: of the samples of a packed row.
         kwargs: for sdpa.
 
@@ -217,16 +255,29 @@ def _sdpa_by_sample(
     """
     if sample_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = zip(*(tensor.split(list(sample_lengths), dim=2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in parts], dim=1), None
+    lengths = list(sample_lengths)
+    queries, keys, values = query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)
+    window = kwargs.get("sliding_window")
+    outputs = []
+    start = 0
+    for length, *of_sample in zip(lengths, queries, keys, values, strict=True):
+        # A sample as long as a sliding window, or longer, needs its own square of the mask; others are causal throughout.
+        square = None
+        if window is not None and length >= window and attention_mask is not None:
+            square = attention_mask[..., start : start + length, start : start + length]
+        output, _ = sdpa_attention_forward(module, *of_sample, square, **kwargs)
+        outputs.append(output)
+        start += length
+    return torch.cat(outputs, dim=1), None
 
 
 @contextmanager
 def attend_by_sample(config: PretrainedConfig) -> Iterator[None]:
     """Let a language model, whose own configuration is given, attend with `sdpa_by_sample` for a while."""
+    # Registered here, not at import; a second time changes nothing.
     AttentionInterface.register(SDPA_BY_SAMPLE, _sdpa_by_sample)
     AttentionMaskInterface.register(SDPA_BY_SAMPLE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    before = config._attn_implementation
+    before = config._attn_implementation  # evaluation pads, and needs it back
     config._attn_implementation = SDPA_BY_SAMPLE
     try:
         yield
@@ -249,11 +300,15 @@ def row_lengths(rows: Dataset, collate: Callable[[Sequence[Mapping]], dict[str, 
         raise ValueError(
             "batching is length_grouped, but a stream's lengths are not known before it is read: use batching: packed"
         )
-    loader = DataLoader(rows, batch_size=16, num_workers=workers, collate_fn=partial(_lengths, collate))
-    return [length for part in tqdm(loader, desc="counting tokens", disable=None) for length in part]
+    loader = DataLoader(rows, batch_size=_COUNTED_ROWS, num_workers=workers, collate_fn=partial(_lengths, collate))
+    lengths = []
+    for batch in tqdm(loader, desc="counting tokens", disable=None):
+        lengths += batch
+    return lengths
 
 
 def _lengths(collate: Callable, samples: Sequence[Mapping]) -> list[int]:
+    # Counted in the loader's process, so that no picture is sent from there.
     return collate(samples)["attention_mask"].sum(dim=1).tolist()
 
 
@@ -277,5 +332,6 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
+        # A generator of its own: a resumed run has drawn other numbers from torch's by then.
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))

@@ -56,7 +56,7 @@ class SiglipScorer:
         pixels = self.image_processor(list(images), return_tensors="pt")["pixel_values"]
         tokens = self.tokenizer(
             [text.lower() for text in texts],  # SigLIP was trained on lower case
-            padding="max_length",
+            padding="max_length",  # as SigLIP was trained, without an attention mask
             truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
@@ -69,4 +69,7 @@ class SiglipScorer:
 def scored_text(conversation: Conversation) -> str:
     """Return the text that is compared with the first picture: the first answer, with its question if it is short."""
     question, answer = conversation.texts("user")[0], conversation.texts("assistant")[0]
-    return f"{question} {answer}" if len(answer.split()) < FEW_WORDS else answer
+    # "Yes" fits no picture; with its question it does.
+    if len(answer.split()) < FEW_WORDS:
+        return f"{question} {answer}"
+    return answer

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from siq_vl.distill.summary import rows, summarize, tables
 from siq_vl.distill.traces import write_text
+from siq_vl.distill.yields import sealed_traces, store_yield, tables
 
 _CARD = """\
 ---
@@ -50,40 +50,55 @@ shown the gold answer. `agreement` is the share of the question's other answers 
 {rules}
 ```
 """
+_ASKED_HOW = ("teacher", "revision", "prompt", "sampling", "hinted")
+_SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M"}  # the first bound above counts
+_LARGEST = "n>1M"
 _ORACLE = " The teacher `figures` is a scripted oracle that knows the drawn pictures' truth, not a model."
 
 
 def write_card(folder: Path) -> Path:
     """Write the data card, `README.md` in the store, and return its path."""
-    summary = summarize(folder)
-    size = next(
-        name
-        for bound, name in (
-            (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**12, "n>1M"),
-        )
-        if summary.made < bound
-    )  # fmt: skip
-    asked = {
-        (row["teacher"], row["revision"], row["prompt"], row["sampling"], row["hinted"])
-        for row in rows(folder, ("teacher", "revision", "prompt", "sampling", "hinted"))
-    }
-    lines = [
-        f"- `{teacher}`, revision `{revision}`, prompt `{prompt}`{', gold answer shown' if hinted else ''}: `{sampling}`"
-        for teacher, revision, prompt, sampling, hinted in sorted(asked)
-    ]
+    found = store_yield(folder)
+    note = ""
+    if any(name.startswith("figures-") for name in found.teachers):
+        note = _ORACLE
+    shown_tables = ""
+    for title, table in tables(found).items():
+        shown_tables += f"\n## {title}\n\n{table}\n"
+    rules = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     text = _CARD.format(
-        size=size,
-        made=summary.made,
-        kept=summary.kept,
-        teachers=", ".join(f"`{name}`" for name in sorted(summary.teachers)),
-        note=_ORACLE if any(name.startswith("figures-") for name in summary.teachers) else "",
-        tables="".join(f"\n## {title}\n\n{table}\n" for title, table in tables(summary).items()),
-        settings="\n".join(lines),
-        rules=json.dumps(json.loads((folder / "settings.json").read_text(encoding="utf-8")), indent=2),
+        size=_size_category(found.made),
+        made=found.made,
+        kept=found.kept,
+        teachers=", ".join(f"`{name}`" for name in sorted(found.teachers)),
+        note=note,
+        tables=shown_tables,
+        settings="\n".join(_settings(folder)),
+        rules=json.dumps(rules, indent=2),
     )
     path = folder / "README.md"
     write_text(path, text)
     return path
+
+
+def _size_category(rows: int) -> str:
+    """Return the Hub's word for the size of a data set."""
+    for bound, category in _SIZES.items():
+        if rows < bound:
+            return category
+    return _LARGEST
+
+
+def _settings(folder: Path) -> list[str]:
+    """Return a line for each way in which a teacher was asked."""
+    ways = set()
+    for row in sealed_traces(folder, _ASKED_HOW):
+        ways.add(tuple(row[name] for name in _ASKED_HOW))
+    lines = []
+    for teacher, revision, prompt, sampling, hinted in sorted(ways):
+        hint = ", gold answer shown" if hinted else ""
+        lines.append(f"- `{teacher}`, revision `{revision}`, prompt `{prompt}`{hint}: `{sampling}`")
+    return lines
 
 
 def push_to_hub(folder: Path, repo_id: str, *, private: bool = True) -> str:

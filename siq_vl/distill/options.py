@@ -1,186 +1,218 @@
-"""The command line of `generate_traces.py`, and what is built from it."""
+"""The command line of `generate_traces.py`: dataclasses whose fields are its options, and what is built from them."""
 
-import argparse
 import json
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import HfArgumentParser
+
 from siq_vl.data.figures.dataset import SPLITS, STYLES
-from siq_vl.distill.budget import Budget
-from siq_vl.distill.prompts import TEMPLATES, Prompts, families
-from siq_vl.distill.questions import TASKS, ImagePolicy, TraceQuestion, figure_questions, file_questions
-from siq_vl.distill.selection import KEEP, SCOPES, Selection
+from siq_vl.distill.budget import Budget, BudgetLimits
+from siq_vl.distill.prompts import Prompts, families
+from siq_vl.distill.questions import (
+    PROMPT_TASKS,
+    ImagePolicy,
+    LeftOut,
+    TraceQuestion,
+    figure_questions,
+    file_questions,
+)
+from siq_vl.distill.selection import Selection
 from siq_vl.distill.teachers.base import Teacher
 from siq_vl.distill.teachers.oracle import FiguresTeacher
-from siq_vl.distill.verification import RULES, Verification
-from siq_vl.evaluation.answers import MATCHES
+from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
+from siq_vl.distill.verification import Verification
 
 TEACHERS = ("figures", "transformers", "openai")
 DEFAULT_MAX_NEW_TOKENS = 1024
+_DRAWN_COUNT = 300
 
 
-def parse_options(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
+@dataclass
+class StoreArguments:
+    """The store, and what becomes of it."""
+
+    output: Path = field(default=Path("outputs/traces"), metadata={"help": "the store; more is added to it"})
+    samples: int = field(default=1, metadata={"help": "answers wanted for each question"})
+    images: str = field(
+        default="embed", metadata={"choices": ("embed", "reference"), "help": "keep pictures, or only their paths"}
+    )
+    retry_failed: bool = field(default=False, metadata={"help": "ask again where the teacher had no answer"})
+    push_to_hub: str | None = field(
+        default=None, metadata={"metavar": "REPO", "help": "upload the store, privately, as a data set"}
+    )
+
+
+@dataclass
+class QuestionArguments:
+    """Where the questions are from."""
+
+    _argument_group_name = "questions"
+
+    questions: Path | None = field(
+        default=None, metadata={"help": "a .jsonl or .parquet file; by default drawn figures"}
+    )
+    count: int | None = field(
+        default=None, metadata={"help": f"how many; default: {_DRAWN_COUNT} drawn ones, or the whole file"}
+    )
+    split: str = field(default="train", metadata={"choices": SPLITS, "help": "of the drawn figures"})
+    figures_seed: int = field(default=3, metadata={"help": "stream of drawn figures"})
+    task: str = field(
+        default="general", metadata={"choices": PROMPT_TASKS, "help": "of a file's questions that name none"}
+    )
+    image_root: Path | None = field(
+        default=None, metadata={"help": "pictures are read below it; default: the file's folder"}
+    )
+    allow_remote: bool = field(default=False, metadata={"help": "download pictures that are given as URLs"})
+
+    def __post_init__(self) -> None:
+        if self.count is None:
+            # 0 stands for all of a file's questions; drawn ones have no end.
+            self.count = 0 if self.questions else _DRAWN_COUNT
+        if self.count < 0:
+            raise ValueError(f"--count is {self.count}; it must be at least 1, or 0 for all of a file's questions")
+        if not self.count and not self.questions:
+            raise ValueError("--count is 0; the drawn data has no end, so pass how many questions to draw")
+
+    def open(self, left_out: LeftOut | None = None) -> Iterator[TraceQuestion]:
+        """Yield the questions; rows of a file that cannot be asked go to `left_out`."""
+        count = self.count or 0
+        if self.questions is None:
+            return figure_questions(count, split=self.split, seed=self.figures_seed)
+        policy = ImagePolicy(self.image_root or self.questions.parent, self.allow_remote)
+        return file_questions(self.questions, policy, task=self.task, limit=count, left_out=left_out)
+
+
+@dataclass
+class TeacherArguments:
+    """Who is asked, and how."""
+
+    _argument_group_name = "teacher"
+
+    teacher: str = field(
+        default="figures",
+        metadata={"choices": TEACHERS, "help": "the scripted oracle, a model in this process, or a server"},
+    )
+    model: str | None = field(default=None, metadata={"help": "folder or Hub id, or the model's name on the server"})
+    revision: str | None = field(default=None, metadata={"help": "of the model's weights"})
+    prompts: str | None = field(
+        default=None,
+        metadata={"help": "family of templates, a folder of siq_vl/distill/templates; default: the teacher's own"},
+    )
+    hint: bool = field(default=False, metadata={"help": "show the gold answer to the teacher; the traces say so"})
+    target_words: int = field(default=0, metadata={"help": "words of reasoning to ask for; 0: as many as it likes"})
+    max_new_tokens: int = field(
+        default=0, metadata={"help": "bound on a reply, in the teacher's tokens; default: the teacher's own"}
+    )
+    sampling: str | None = field(default=None, metadata={"help": "JSON, such as '{\"temperature\": 0.6}'"})
+    seed: int = field(default=0, metadata={"help": "of sampling, and of the oracle's faults"})
+    style: list[str] = field(
+        default_factory=lambda: list(STYLES), metadata={"choices": STYLES, "help": "figures: one teacher each"}
+    )
+    error_rate: float = field(default=0.0, metadata={"help": "figures: share of traces with a fault put in"})
+    batch_size: int = field(default=8, metadata={"help": "transformers: requests generated together"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "transformers: run the model's own code"})
+
+    def __post_init__(self) -> None:
+        if self.teacher != "figures" and not self.model:
+            raise ValueError(f"--teacher {self.teacher} needs --model")
+        # Looked at here, since the model is loaded before its prompts are.
+        if self.prompts is not None and self.prompts not in families():
+            raise ValueError(f"--prompts is {self.prompts!r}; it must be one of {', '.join(families())}")
+        _ = self.sampling_settings
+
+    @property
+    def sampling_settings(self) -> dict:
+        """The sampling settings that are asked for.
+
+        Raises:
+            ValueError: `sampling` is no JSON object.
+        """
+        if self.sampling is None:
+            return {}
+        try:
+            settings = json.loads(self.sampling)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--sampling is no JSON ({error}): write it as '{{\"temperature\": 0.6}}'") from error
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"--sampling is {self.sampling}; it must be a JSON object such as '{{\"temperature\": 0.6}}'"
+            )
+        return settings
+
+
+@dataclass
+class Options:
+    """All options, by what they are about.
 
     Raises:
         ValueError: settings that do not go together.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/traces"), help="the store; more is added to it")
-    parser.add_argument("--samples", type=int, default=1, help="answers wanted for each question")
-    parser.add_argument(
-        "--images", choices=("embed", "reference"), default="embed", help="pictures, or only their paths"
-    )
-    parser.add_argument("--retry_failed", action="store_true", help="ask again where the teacher had no answer")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the store, privately, as a data set")
-    _add_questions(parser.add_argument_group("questions"))
-    _add_teacher(parser.add_argument_group("teacher"))
-    _add_budget(parser.add_argument_group("budget, over all runs with this teacher"))
-    _add_rules(parser.add_argument_group("verification and selection"))
-    options = parser.parse_args(argv)
-    if options.teacher == "figures" and options.questions:
-        raise ValueError(
-            "the figures teacher knows drawn figures alone: leave --questions out, or pass another --teacher"
-        )
-    if options.teacher != "figures" and not options.model:
-        raise ValueError(f"--teacher {options.teacher} needs --model")
-    if options.images == "reference" and not options.questions:
-        raise ValueError("drawn pictures have no files to refer to: use --images embed")
-    if options.count is None:
-        options.count = 0 if options.questions else 300
-    if options.count < 0:
-        raise ValueError(f"--count is {options.count}; it must be at least 1, or 0 for all of a file's questions")
-    if not options.count and not options.questions:
-        raise ValueError("--count is 0; the drawn data has no end, so pass how many questions to draw")
-    if options.sampling is not None:
-        options.sampling = _json_object(options.sampling)
-    return options
+
+    store: StoreArguments
+    questions: QuestionArguments
+    teacher: TeacherArguments
+    server: ServerSettings
+    limits: BudgetLimits
+    verification: Verification
+    selection: Selection
+
+    def __post_init__(self) -> None:
+        if self.teacher.teacher == "figures" and self.questions.questions:
+            raise ValueError(
+                "the figures teacher knows drawn figures alone: leave --questions out, or pass another --teacher"
+            )
+        if self.store.images == "reference" and not self.questions.questions:
+            raise ValueError("drawn pictures have no files to refer to: use --images embed")
+
+    def teachers(self) -> Iterator[Teacher]:
+        """Yield the teachers that are asked, each loaded when its turn comes."""
+        asked = self.teacher
+        if asked.teacher == "figures":
+            # A style that is given twice is one teacher all the same.
+            for style in dict.fromkeys(asked.style):
+                yield FiguresTeacher(style, asked.error_rate, asked.seed)
+        elif asked.teacher == "openai":
+            sampling = {"max_tokens": asked.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, "seed": asked.seed}
+            sampling.update(asked.sampling_settings)
+            yield ServerTeacher(asked.model or "", self.server, sampling=sampling, revision=asked.revision or "")
+        else:
+            from siq_vl.distill.teachers.local import TransformersTeacher  # loads torch: the other teachers need none
+
+            yield TransformersTeacher(
+                asked.model or "",
+                revision=asked.revision,
+                sampling=asked.sampling_settings,
+                max_new_tokens=asked.max_new_tokens,
+                batch_size=asked.batch_size,
+                seed=asked.seed,
+                trust_remote_code=asked.trust_remote_code,
+            )
+
+    def prompts(self, teacher: Teacher) -> Prompts:
+        """Return the templates for a teacher: those asked for, or its own."""
+        family = self.teacher.prompts or teacher.prompts_family
+        return Prompts(family, self.teacher.hint, self.teacher.target_words)
+
+    def budget(self) -> Budget:
+        """Return a teacher's budget; what earlier runs have spent is not yet counted."""
+        bound = self.teacher.max_new_tokens or self.teacher.sampling_settings.get("max_tokens")
+        return Budget(self.limits, max_new_tokens=bound or DEFAULT_MAX_NEW_TOKENS)
 
 
-def _add_questions(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--questions", type=Path, help="a .jsonl or .parquet file; by default drawn figures")
-    group.add_argument("--count", type=int, help="how many; default: 300 drawn ones, or the whole file")
-    group.add_argument("--split", choices=SPLITS, default="train", help="of the drawn figures")
-    group.add_argument("--figures_seed", type=int, default=3, help="stream of drawn figures")
-    group.add_argument("--task", choices=TASKS, default="general", help="of a file's questions that name none")
-    group.add_argument("--image_root", type=Path, help="pictures are read below it; default: the file's folder")
-    group.add_argument("--allow_remote", action="store_true", help="download pictures that are given as URLs")
+def parse_options(description: str, argv: list[str] | None = None) -> Options:
+    """Parse the command line.
 
-
-def _add_teacher(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--teacher", choices=TEACHERS, default="figures")
-    group.add_argument("--model", help="folder or Hub id, or the model's name on the server")
-    group.add_argument("--revision", help="of the model's weights")
-    group.add_argument("--prompts", choices=families(), help="family of templates; default: the teacher's own")
-    group.add_argument("--hint", action="store_true", help="show the gold answer to the teacher; the traces say so")
-    group.add_argument("--target_words", type=int, default=0, help="length of reasoning to ask for")
-    group.add_argument("--max_new_tokens", type=int, default=0, help="bound on a reply; default: the teacher's own")
-    group.add_argument("--sampling", help="JSON, such as '{\"temperature\": 0.6}'")
-    group.add_argument("--seed", type=int, default=0, help="of sampling, and of the oracle's faults")
-    group.add_argument("--style", choices=STYLES, nargs="+", default=list(STYLES), help="figures: one teacher each")
-    group.add_argument("--error_rate", type=float, default=0.0, help="figures: share of traces with a fault put in")
-    group.add_argument("--batch_size", type=int, default=8, help="transformers: requests generated together")
-    group.add_argument("--trust_remote_code", action="store_true", help="transformers: run the model's own code")
-    group.add_argument("--base_url", nargs="+", default=["http://127.0.0.1:8000/v1"], help="openai: one or several")
-    group.add_argument("--api_key_env", default="OPENAI_API_KEY", help="openai: environment variable with the key")
-    group.add_argument("--in_flight", type=int, default=64, help="openai: requests under way at once")
-    group.add_argument("--timeout", type=float, default=300.0, help="openai: seconds an attempt may take")
-    group.add_argument("--backoff", type=float, default=1.0, help="openai: seconds before the second try; then doubled")
-    group.add_argument("--attempts", type=int, default=6, help="openai: tries of one request")
-
-
-def _add_budget(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--max_tokens", type=int, default=0, help="read and written together; 0: no bound")
-    group.add_argument("--max_cost", type=float, default=0.0, help="in the prices' unit; 0: no bound")
-    group.add_argument("--price_in", type=float, default=0.0, help="a million tokens read")
-    group.add_argument("--price_out", type=float, default=0.0, help="a million tokens written")
-
-
-def _add_rules(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--skip_rules", choices=tuple(RULES), nargs="*", default=[], metavar="RULE", help=", ".join(RULES)
-    )
-    group.add_argument("--match", choices=MATCHES, default="number", help="how answers are compared with gold ones")
-    group.add_argument("--min_length", type=int, default=1, help="of a rationale, in words and marks")
-    group.add_argument("--max_length", type=int, default=2048, help="of a rationale, in words and marks")
-    group.add_argument("--language", default="en", help="of rationales; '' for any")
-    group.add_argument("--keep", choices=KEEP, default="all", help="of a question's accepted samples")
-    group.add_argument("--target_length", type=int, default=0, help="the best sample is nearest to it; 0: the shortest")
-    group.add_argument("--duplicates", choices=SCOPES, default="question", help="where near-duplicates are looked for")
-    group.add_argument("--similarity", type=float, default=0.9, help="from which a rationale is a near-duplicate")
-    group.add_argument("--min_agreement", type=float, default=0.0, help="share of other traces with the same answer")
-
-
-def _json_object(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--sampling is no JSON ({error}): write it as '{{\"temperature\": 0.6}}'") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"--sampling is {text}; it must be a JSON object such as '{{\"temperature\": 0.6}}'")
-    return value
-
-
-def questions_from(options: argparse.Namespace) -> Iterator[TraceQuestion]:
-    """Return the questions that the options name."""
-    if options.questions:
-        policy = ImagePolicy(options.image_root or options.questions.parent, options.allow_remote)
-        return file_questions(options.questions, policy, task=options.task, limit=options.count)
-    return figure_questions(options.count, split=options.split, seed=options.figures_seed)
-
-
-def teachers_from(options: argparse.Namespace) -> Iterator[Teacher]:
-    """Yield the teachers that the options name, each loaded when its turn comes."""
-    if options.teacher == "figures":
-        for style in dict.fromkeys(options.style):
-            yield FiguresTeacher(style, options.error_rate, options.seed)
-    elif options.teacher == "openai":
-        from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
-
-        sampling = {"max_tokens": options.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, "seed": options.seed}
-        settings = ServerSettings(
-            options.model,
-            options.base_url,
-            options.api_key_env,
-            {**sampling, **(options.sampling or {})},
-            options.in_flight,
-            options.timeout,
-            options.attempts,
-            options.backoff,
-        )
-        yield ServerTeacher(settings, revision=options.revision or "")
-    else:
-        from siq_vl.distill.teachers.local import TransformersTeacher  # loads torch: the other teachers need none
-
-        yield TransformersTeacher(
-            options.model,
-            revision=options.revision,
-            sampling=options.sampling,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            trust_remote_code=options.trust_remote_code,
-        )
-
-
-def prompts_from(options: argparse.Namespace, teacher: Teacher) -> Prompts:
-    """Return the templates for a teacher: those asked for, or its own."""
-    return Prompts(options.prompts or teacher.prompts_family, options.hint, options.target_words, TEMPLATES)
-
-
-def budget_from(options: argparse.Namespace) -> Budget:
-    """Return the budget; what earlier runs have spent is not yet counted."""
-    bound = options.max_new_tokens or (options.sampling or {}).get("max_tokens") or DEFAULT_MAX_NEW_TOKENS
-    return Budget(options.max_tokens, options.max_cost, options.price_in, options.price_out, bound)
-
-
-def verification_from(options: argparse.Namespace) -> Verification:
-    """Return the rules for single traces."""
-    return Verification(
-        tuple(options.skip_rules), options.match, options.min_length, options.max_length, options.language
-    )
-
-
-def selection_from(options: argparse.Namespace) -> Selection:
-    """Return the rules among traces."""
-    return Selection(options.keep, options.target_length, options.duplicates, options.similarity, options.min_agreement)
+    Raises:
+        ValueError: a setting that cannot be, or settings that do not go together.
+    """
+    parts = (
+        StoreArguments, QuestionArguments, TeacherArguments, ServerSettings, BudgetLimits, Verification, Selection,
+    )  # fmt: skip
+    parser = HfArgumentParser(parts, description=description, formatter_class=RawDescriptionHelpFormatter)
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return Options(*parsed)

@@ -5,7 +5,7 @@ import json
 import logging
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -13,18 +13,21 @@ from tqdm.auto import tqdm
 
 from siq_vl.distill.budget import Budget
 from siq_vl.distill.prompts import Prompts
-from siq_vl.distill.questions import Picture, TraceQuestion
-from siq_vl.distill.selection import verdict_columns
-from siq_vl.distill.teachers.base import Asked, Said, Teacher
-from siq_vl.distill.traces import TraceStore, trace_id
-from siq_vl.distill.verification import Trace, Verification, read
+from siq_vl.distill.questions import EncodedPicture, TraceQuestion
+from siq_vl.distill.schema import TeacherTrace
+from siq_vl.distill.teachers.base import Teacher, TeacherReply, TeacherRequest
+from siq_vl.distill.traces import TraceStore, storable, trace_id
+from siq_vl.distill.verification import RuleInput, Verification
 
 logger = logging.getLogger(__name__)
 
+_KINDS_OF_FAILURE = 1000  # counted at most, however differently a server words its errors
+_ERROR_START = 80  # characters by which errors are told apart
+
 
 @dataclass(frozen=True)
-class Job:
-    """One trace that is missing."""
+class MissingTrace:
+    """A trace that the store does not have yet."""
 
     id: str
     question: TraceQuestion
@@ -33,13 +36,23 @@ class Job:
 
 @dataclass
 class Progress:
-    """What a run has done: traces by verdict, and why it ended."""
+    """What a run has done.
+
+    Attributes:
+        made: new traces in the store.
+        skipped: traces that were there already.
+        rejected: new traces by the rules that reject them.
+        failed: new traces for which the teacher had no answer.
+        failures: these, by how their errors begin.
+        ended: `"done"`, `"budget"` where it was spent before, or `"interrupted"`.
+    """
 
     made: int = 0
     skipped: int = 0
     rejected: Counter = field(default_factory=Counter)
     failed: int = 0
-    ended: str = "done"  # or "budget" or "interrupted"
+    failures: Counter = field(default_factory=Counter)
+    ended: str = "done"
 
 
 class Run:
@@ -48,9 +61,9 @@ class Run:
     Args:
         teacher: who is asked.
         prompts: how.
-        store: where the answers go.
-        verification: the rules for each answer.
-        samples: answers wanted for each question.
+        store: where the traces go.
+        verification: the rules for each trace.
+        samples: traces wanted of each question.
         budget: what may be spent.
         embed: put pictures into the store; otherwise it keeps their paths.
         progress: show a bar.
@@ -70,16 +83,22 @@ class Run:
     ):
         if samples < 1:
             raise ValueError(f"samples is {samples}; it must be at least 1")
-        self._teacher, self._prompts, self._store, self._verification = teacher, prompts, store, verification
-        self._samples, self._budget, self._embed = samples, budget or Budget(), embed
+        self._teacher = teacher
+        self._prompts = prompts
+        self._store = store
+        self._verification = verification
+        self._samples = samples
+        self._budget = budget or Budget()
+        self._embed = embed
         self._sampling = json.dumps(teacher.settings(), sort_keys=True)
-        self._stop = False
+        self._stop = False  # whether no worker takes up anything more
+        self._workers: list[asyncio.Task] = []
         self.progress = Progress()
         self._bar_shown = progress
         self._bar = tqdm(disable=True)
 
-    def missing(self, questions: Iterable[TraceQuestion]) -> Iterator[Job]:
-        """Yield the jobs that the store has no trace of, question by question.
+    def missing(self, questions: Iterable[TraceQuestion]) -> Iterator[MissingTrace]:
+        """Yield what the store has no trace of, question by question.
 
         Raises:
             ValueError: two questions have the same id.
@@ -87,7 +106,8 @@ class Run:
         known = self._store.trace_ids()
         seen: set[int] = set()
         for question in questions:
-            same = {
+            # Whatever is in here makes another trace when it changes. Stores of earlier runs hang on these words.
+            asked_how = {
                 "teacher": self._teacher.name,
                 "revision": self._teacher.revision,
                 "prompt": self._prompts.versions[question.task],
@@ -95,7 +115,7 @@ class Run:
                 "sampling": self._sampling,
             }
             for repeat in range(self._samples):
-                id = trace_id(question.id, same, repeat)
+                id = trace_id(question.id, asked_how, repeat)
                 number = int(id, 16)
                 if number in seen:
                     raise ValueError(f"two questions have the id {question.id!r}: ids must be unique in a source")
@@ -104,7 +124,7 @@ class Run:
                     self.progress.skipped += 1
                     self._bar.update()
                 else:
-                    yield Job(id, question, repeat)
+                    yield MissingTrace(id, question, repeat)
 
     def over(self, questions: Iterable[TraceQuestion], total: int | None = None) -> Progress:
         """Ask everything that is missing; every finished answer is in the store when this returns or raises.
@@ -118,130 +138,153 @@ class Run:
         return self.progress
 
     async def _over(self, questions: Iterable[TraceQuestion], total: int | None) -> None:
-        jobs = self.missing(questions)
+        # All workers draw from one iterator, so nothing is asked twice and no question is made before its turn.
+        missing = self.missing(questions)
         with (
             tqdm(total=total, desc=self._teacher.name, unit="trace", disable=not self._bar_shown) as self._bar,
             _interruptible(self._interrupt),
         ):
-            workers = [asyncio.create_task(self._work(jobs)) for _ in range(max(1, self._teacher.in_flight))]
-            self._cancel = lambda: [worker.cancel() for worker in workers]
+            for _ in range(max(1, self._teacher.in_flight)):
+                self._workers.append(asyncio.create_task(self._work(missing)))
             try:
-                done = await asyncio.gather(*workers, return_exceptions=True)
+                # Every worker is waited for, whatever becomes of one: what is under way has been paid for.
+                outcomes = await asyncio.gather(*self._workers, return_exceptions=True)
             finally:
                 await self._teacher.close()
-        for outcome in done:
+        for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
                 raise outcome
 
     def _interrupt(self) -> None:
         if self._stop:
-            self._cancel()
+            for worker in self._workers:
+                worker.cancel()
         else:
             logger.warning("stopping: what is under way is waited for; interrupt again not to wait")
-        self._stop, self.progress.ended = True, "interrupted"
+        self._stop = True
+        self.progress.ended = "interrupted"
 
-    async def _work(self, jobs: Iterator[Job]) -> None:
+    async def _work(self, missing: Iterator[MissingTrace]) -> None:
         try:
-            while not self._stop and (batch := self._take(jobs)):
-                asked = [one for one in (self._prepare(job) for job in batch) if one is not None]
-                if asked and not await self._ask([job for job, _ in asked], [request for _, request in asked]):
+            while not self._stop:
+                batch = self._next_batch(missing)
+                if not batch:
                     return
+                wanted, requests = await self._requests(batch)
+                if not await self._ask(wanted, requests):
+                    return
+                # Where a teacher answers without ever waiting, the other workers and signals get their turn here.
                 await asyncio.sleep(0)
         except BaseException:
             self._stop = True  # the others finish what they have under way
             raise
 
-    def _take(self, jobs: Iterator[Job]) -> list[Job]:
-        batch: list[Job] = []
-        for job in jobs:
-            batch.append(job)
+    def _next_batch(self, missing: Iterator[MissingTrace]) -> list[MissingTrace]:
+        batch: list[MissingTrace] = []
+        for wanted in missing:
+            batch.append(wanted)
             if len(batch) >= self._teacher.batch_size:
                 break
         return batch
 
-    def _prepare(self, job: Job) -> tuple[Job, Asked] | None:
-        """Open the pictures and write the prompt; a picture that cannot be opened ends the job without a teacher."""
-        try:
-            pictures = job.question.pictures()
-        except ValueError as error:
-            self._keep(job, [], Said("", "", attempts=0, error=f"picture: {error}"))
-            return None
-        return job, Asked(job.question, pictures, self._prompts.render(job.question), job.repeat)
+    async def _requests(self, batch: Iterable[MissingTrace]) -> tuple[list[MissingTrace], list[TeacherRequest]]:
+        """Open pictures and write prompts; where that cannot be done, the trace ends here, without a teacher.
 
-    async def _ask(self, jobs: list[Job], asked: list[Asked]) -> bool:
-        """Ask one batch and keep the answers; return False once the budget has no room for another request."""
-        while asked:
-            granted = await self._budget.reserve(len(asked))
-            if not granted:
-                self._stop, self.progress.ended = True, "budget"
-                return False
-            said: list[Said] = []
+        Returns:
+            The traces that a teacher can be asked for, and their requests.
+        """
+        askable: list[MissingTrace] = []
+        requests: list[TeacherRequest] = []
+        for wanted in batch:
+            question = wanted.question
+            part = "picture"
             try:
-                said = await self._teacher.generate(asked[:granted])
+                if question.remote:
+                    # A picture from elsewhere must not keep the requests under way from their answers.
+                    pictures = await asyncio.to_thread(question.pictures)
+                else:
+                    pictures = question.pictures()
+                part = "prompt"
+                prompt = self._prompts.render(question)
+            except ValueError as error:
+                where = f" of {question.origin}" if question.origin else ""
+                no_reply = TeacherReply("", "", attempts=0, error=f"{part}{where}: {error}")
+                self._keep(wanted, [], no_reply)
+                continue
+            askable.append(wanted)
+            requests.append(TeacherRequest(question, pictures, prompt, wanted.repeat))
+        return askable, requests
+
+    async def _ask(self, batch: list[MissingTrace], requests: list[TeacherRequest]) -> bool:
+        """Ask one batch and keep the answers; return False once the budget has no room for another request."""
+        while requests:
+            granted = await self._budget.reserve(len(requests))
+            if not granted:
+                self._stop = True
+                self.progress.ended = "budget"
+                return False
+            replies: list[TeacherReply] = []
+            try:
+                replies = await self._teacher.generate(requests[:granted])
             finally:
-                for place in range(granted):
-                    await self._budget.settle(said[place] if said else None)
-            for job, request, answer in zip(jobs[:granted], asked[:granted], said, strict=True):
-                self._keep(job, list(request.pictures), answer)
-            jobs, asked = jobs[granted:], asked[granted:]
+                for reply in replies:
+                    await self._budget.spend(reply)
+                # A teacher that raised has replied to nothing.
+                for _ in range(granted - len(replies)):
+                    await self._budget.release()
+            for wanted, request, reply in zip(batch[:granted], requests[:granted], replies, strict=True):
+                self._keep(wanted, request.pictures, reply)
+            batch = batch[granted:]
+            requests = requests[granted:]
         return True
 
-    def _keep(self, job: Job, pictures: list[Picture], said: Said) -> None:
-        question = job.question
-        parsed, tokens = read(said.text)
-        trace = Trace(
-            question.question,
-            question.golds,
-            question.kind,
-            question.choices,
-            said.text,
-            said.finish_reason,
-            self._prompts.hint,
-            said.error,
-            parsed,
-            tokens,
-        )
-        judged = verdict_columns(trace, self._verification)
-        self._store.append(
-            {
-                "trace_id": job.id,
-                "sample_id": question.id,
-                "images": [picture.data for picture in pictures] if self._embed else [],
-                "image_paths": [picture.path for picture in pictures if picture.path],
-                "question": question.question,
-                "golds": list(question.golds),
-                "choices": list(question.choices),
-                "kind": question.kind,
-                "task": question.task,
-                "teacher": self._teacher.name,
-                "teacher_kind": self._teacher.kind,
-                "revision": self._teacher.revision,
-                "prompt": self._prompts.versions[question.task],
-                "hinted": self._prompts.hint,
-                "sampling": self._sampling,
-                "repeat": job.repeat,
-                "output": _clean(said.text),
-                "finish_reason": said.finish_reason,
-                "error": _clean(said.error),
-                "prompt_tokens": said.prompt_tokens,
-                "completion_tokens": said.completion_tokens,
-                "seconds": said.seconds,
-                "attempts": said.attempts,
-                "injected": said.injected,
-                **{name: _clean(value) if isinstance(value, str) else value for name, value in judged.items()},
-            }
-        )
+    def _keep(self, wanted: MissingTrace, pictures: Sequence[EncodedPicture], reply: TeacherReply) -> None:
+        """Judge a reply and put it into the store."""
+        trace = self._trace(wanted, pictures, reply)
+        verdict = self._verification.verdict(RuleInput.of(trace))
+        self._store.append({**trace, **verdict})
+        self._count(trace["error"], verdict["rejected_by"])
+
+    def _trace(self, wanted: MissingTrace, pictures: Sequence[EncodedPicture], reply: TeacherReply) -> TeacherTrace:
+        question = wanted.question
+        return {
+            "trace_id": wanted.id,
+            "sample_id": question.id,
+            "images": [picture.data for picture in pictures] if self._embed else [],
+            "image_paths": [picture.path for picture in pictures if picture.path],
+            "question": question.question,
+            "golds": list(question.golds),
+            "choices": list(question.choices),
+            "kind": question.kind,
+            "task": question.task,
+            "teacher": self._teacher.name,
+            "teacher_kind": self._teacher.kind,
+            "revision": self._teacher.revision,
+            "prompt": self._prompts.versions[question.task],
+            "hinted": self._prompts.hint,
+            "sampling": self._sampling,
+            "repeat": wanted.repeat,
+            # What a teacher wrote can be any text; it is paid for, so it is made to fit.
+            "output": storable(reply.text),
+            "finish_reason": storable(reply.finish_reason),
+            "error": storable(reply.error),
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.completion_tokens,
+            "seconds": reply.seconds,
+            "attempts": reply.attempts,
+            "injected": reply.injected,
+        }
+
+    def _count(self, error: str, rejected_by: Sequence[str]) -> None:
         self.progress.made += 1
-        self.progress.failed += bool(said.error)
-        self.progress.rejected.update(judged["rejected_by"])
+        self.progress.rejected.update(rejected_by)
+        if error:
+            self.progress.failed += 1
+            if len(self.progress.failures) < _KINDS_OF_FAILURE:
+                self.progress.failures[error[:_ERROR_START]] += 1
         self._bar.update()
         if self.progress.made % 64 == 0:
             self._bar.set_postfix(rejected=sum(self.progress.rejected.values()), failed=self.progress.failed)
-
-
-def _clean(text: str) -> str:
-    """Return text that every file format takes: lone surrogates, which models' bytes can decode to, replaced."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 @contextmanager

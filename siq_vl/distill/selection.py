@@ -1,50 +1,65 @@
 """What can be said of a trace only beside the others: agreement, near-duplicates, and the best of several samples.
 
-`settle` goes over a store, applies the rules of `verification` where they have changed, and these. It asks no teacher,
-reads one shard at a time, and writes the shards whose verdicts are not what they were.
+`update_verdicts` goes over a store, applies the rules of `verification` where they have changed, and these. It asks no
+teacher, reads one shard at a time, and writes the shards whose verdicts are not what they were.
 """
 
+import math
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasketch import LeanMinHash, MinHash, MinHashLSH
 from tqdm.auto import tqdm
 
-from siq_vl.distill.traces import FEATURES, JUDGED, TraceStore
-from siq_vl.distill.verification import Trace, Verification, pieces, read
-from siq_vl.evaluation.answers import agrees, number_in, plain_answer
+from siq_vl.distill.schema import FEATURES, VERDICT_COLUMNS
+from siq_vl.distill.traces import TraceStore
+from siq_vl.distill.verification import RULE_COLUMNS, RuleInput, Verification, verdict_of
+from siq_vl.parsing.answers import agrees, number_in, plain_answer
+from siq_vl.parsing.texts import pieces
 
-SELECTING = ("agreement", "duplicate", "not_best")
+SELECTION_RULES = ("agreement", "duplicate", "not_best")
 SCOPES = ("question", "all", "none")
 KEEP = ("all", "best")
 _PERMUTATIONS = 128
-_SHINGLE = 3
+_SHINGLE = 3  # pieces of a rationale that are compared together
+_CHANGED = ("rejected_by", "agreement", "verdict")  # the columns that selection writes
+_LONGEST_ANSWER = 200  # characters of an answer that are compared: memory stays small
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How accepted traces are chosen among one another.
+    """How accepted traces are chosen among one another; the fields' help says what each of them is."""
 
-    Attributes:
-        keep: `"all"` samples of a question and teacher that were accepted, or only the `"best"` one of each.
-        target_tokens: length that the best sample comes nearest to; 0: the shortest is best.
-        duplicates: traces are held against those of the same `"question"`, against `"all"`, or against `"none"`.
-        similarity: Jaccard similarity of two rationales' runs of three pieces, estimated by MinHash, from which the
-            second is a near-duplicate.
-        min_agreement: least share of the question's other traces that must have the same answer; for questions without
-            gold answers. 0 asks for none.
-    """
+    _argument_group_name = "selection, of accepted traces among one another"
 
-    keep: str = "all"
-    target_tokens: int = 0
-    duplicates: str = "question"
-    similarity: float = 0.9
-    min_agreement: float = 0.0
+    keep: str = field(
+        default="all",
+        metadata={"choices": KEEP, "help": "of the accepted samples of a question and teacher: all, or the best one"},
+    )
+    target_length: int = field(
+        default=0, metadata={"help": "the best sample is nearest to it, in words and marks; 0: the shortest is best"}
+    )
+    duplicates: str = field(
+        default="question",
+        metadata={
+            "choices": SCOPES,
+            "help": "where near-duplicates are looked for: among traces of one question, or all",
+        },
+    )
+    similarity: float = field(
+        default=0.9,
+        metadata={
+            "help": "from which the second rationale is a near-duplicate: Jaccard's, of runs of three words, by MinHash"
+        },
+    )
+    min_agreement: float = field(
+        default=0.0,
+        metadata={"help": "least share of the question's other traces with the same answer, for lack of gold answers"},
+    )
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP:
@@ -56,24 +71,34 @@ class Selection:
         if not 0 <= self.min_agreement <= 1:
             raise ValueError(f"min_agreement is {self.min_agreement}; it must lie between 0 and 1")
 
+    def settings(self) -> dict:
+        """Return what a store's settings.json keeps; its keys are those of the first stores."""
+        return {
+            "keep": self.keep,
+            "target_tokens": self.target_length,
+            "duplicates": self.duplicates,
+            "similarity": self.similarity,
+            "min_agreement": self.min_agreement,
+        }
+
 
 @dataclass(slots=True)
-class _Mark:
-    """What selection has to know of one trace."""
+class _Candidate:
+    """What selection has to know of one trace; a store can hold millions, so it is not the trace itself."""
 
     place: int  # its position in the store
+    question: int
     teacher: int
     repeat: int
     answer: str
-    accepted: bool
     answered: bool
     tokens: int
     kind: str
-    agreement: float = float("nan")
-    reasons: list[str] = field(default_factory=list)
+    rejected_by: list[str] = field(default_factory=list)
+    agreement: float = math.nan  # where there is no other answer
 
 
-def settle(
+def update_verdicts(
     store: TraceStore, verification: Verification, selection: Selection, *, progress: bool = False
 ) -> tuple[int, int]:
     """Bring every verdict of a store up to date with its rules and with all of its traces.
@@ -82,205 +107,197 @@ def settle(
         The number of traces, and of those that are kept.
     """
     store.seal()
-    rejudge = store.read_settings().get("verification") != verification.settings()
-    if rejudge:
+    if store.read_settings().get("verification") != verification.settings():
         for path in tqdm(store.shards(), desc="verifying again", disable=not progress, leave=False):
-            table = pq.read_table(path)
-            store.rewrite(path, _judged_again(table, verification))
-    marks = _marks(store)
-    for group in _by_question(store, marks):
-        _compare(group, selection)
+            store.rewrite(path, _verified_again(pq.read_table(path), verification))
+    candidates = _candidates(store)
+    questions = _by_question(candidates)
+    # The order matters: a duplicate of a trace that was rejected before is none, and the best is chosen of what is left.
+    for traces in questions:
+        _compare_answers(traces, selection)
     if selection.duplicates != "none":
-        _reject_duplicates(store, marks, selection)
+        _reject_duplicates(store, candidates, selection)
     if selection.keep == "best":
-        for group in _by_question(store, marks):
-            _reject_all_but_best(group, selection.target_tokens)
-    kept = _write_verdicts(store, marks)
-    store.write_settings({"verification": verification.settings(), "selection": asdict(selection)})
-    return len(marks), kept
+        for traces in questions:
+            _reject_all_but_best(traces, selection.target_length)
+    kept = _write_verdicts(store, candidates)
+    store.write_settings({"verification": verification.settings(), "selection": selection.settings()})
+    return len(candidates), kept
 
 
-def announce(store: TraceStore, verification: Verification) -> None:
-    """Note with which rules the next traces are judged, so that `settle` knows whether earlier ones are to be again."""
+def record_rules(store: TraceStore, verification: Verification) -> None:
+    """Note with which rules the next traces are judged, so that `update_verdicts` knows whether to judge earlier ones."""
     if not store.shards():
         store.write_settings({"verification": verification.settings()})
     elif store.read_settings().get("verification") != verification.settings():
         store.write_settings({"verification": None})
 
 
-def verdict_columns(trace: Trace, verification: Verification) -> dict:
-    """Return the columns that verification writes for one trace, before selection."""
-    rejected_by = verification.judge(trace)
-    return {
-        "rationale": trace.parsed.rationale,
-        "answer": trace.parsed.answer,
-        "rationale_tokens": trace.tokens,
-        "rejected_by": rejected_by,
-        "agreement": None,
-        "verdict": "rejected" if rejected_by else "kept",
-    }
+def _verified_again(table: pa.Table, verification: Verification) -> pa.Table:
+    columns: dict[str, list] = {name: [] for name in VERDICT_COLUMNS}
+    for row in table.select(list(RULE_COLUMNS)).to_pylist():
+        for name, value in verification.verdict(RuleInput.of(row)).items():
+            columns[name].append(value)
+    return _with_columns(table, columns)
 
 
-def _judged_again(table: pa.Table, verification: Verification) -> pa.Table:
-    names = ["question", "golds", "kind", "choices", "output", "finish_reason", "hinted", "error"]
-    columns = []
-    for row in table.select(names).to_pylist():
-        parsed, tokens = read(row["output"])
-        trace = Trace(
-            **{
-                **row,
-                "golds": tuple(row["golds"]),
-                "choices": tuple(row["choices"]),
-                "parsed": parsed,
-                "tokens": tokens,
-            }
-        )
-        columns.append(verdict_columns(trace, verification))
-    return _replaced(table, {name: [row[name] for row in columns] for name in JUDGED})
-
-
-def _replaced(table: pa.Table, columns: dict[str, list]) -> pa.Table:
+def _with_columns(table: pa.Table, columns: Mapping[str, list]) -> pa.Table:
+    """Return a table with other values in some of its columns."""
     for name, values in columns.items():
-        field_ = FEATURES.arrow_schema.field(name)
-        table = table.set_column(table.schema.get_field_index(name), field_, pa.array(values, field_.type))
+        described = FEATURES.arrow_schema.field(name)
+        table = table.set_column(table.schema.get_field_index(name), described, pa.array(values, described.type))
     return table
 
 
-def _marks(store: TraceStore) -> list[_Mark]:
+def _candidates(store: TraceStore) -> list[_Candidate]:
+    """Return every trace of the store, in its order, as verification has left it."""
     teachers: dict[str, int] = {}
-    marks: list[_Mark] = []
-    names = ("teacher", "repeat", "answer", "rejected_by", "error", "rationale_tokens", "kind")
+    candidates: list[_Candidate] = []
+    names = ("sample_id", "teacher", "repeat", "answer", "rejected_by", "error", "rationale_tokens", "kind")
     for table in store.columns(*names):
         for row in table.to_pylist():
-            reasons = [reason for reason in row["rejected_by"] if reason not in SELECTING]
-            teacher = teachers.setdefault(row["teacher"], len(teachers))
-            answer = _canonical(row["answer"])
-            marks.append(
-                _Mark(
-                    len(marks), teacher, row["repeat"], answer, not reasons, bool(answer) and not row["error"],
-                    row["rationale_tokens"], row["kind"], reasons=reasons,
-                )
-            )  # fmt: skip
-    return marks
+            # What an earlier selection said is forgotten: it is decided anew.
+            rejected_by = [rule for rule in row["rejected_by"] if rule not in SELECTION_RULES]
+            answer = _comparable(row["answer"])
+            candidate = _Candidate(
+                place=len(candidates),
+                question=_hash(row["sample_id"]),
+                teacher=teachers.setdefault(row["teacher"], len(teachers)),
+                repeat=row["repeat"],
+                answer=answer,
+                answered=bool(answer) and not row["error"],
+                tokens=row["rationale_tokens"],
+                kind=row["kind"],
+                rejected_by=rejected_by,
+            )
+            candidates.append(candidate)
+    return candidates
 
 
-def _canonical(answer: str) -> str:
-    """Return an answer such that most equal ones are the same text; memory is kept small for long ones."""
+def _comparable(answer: str) -> str:
+    """Return an answer such that most equal ones are the same text."""
     number = number_in(answer)
-    return f"{number[0]:g} {number[1]}".strip() if number else plain_answer(answer).casefold()[:200]
+    if number is None:
+        return plain_answer(answer).casefold()[:_LONGEST_ANSWER]
+    value, unit = number
+    return f"{value:g} {unit}".strip()
 
 
-def _by_question(store: TraceStore, marks: list[_Mark]) -> Iterator[list[_Mark]]:
-    """Yield the traces of each question together, best-known order first: by teacher, then by sample."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    place = 0
-    for table in store.columns("sample_id"):
-        for sample_id in table["sample_id"].to_pylist():
-            groups[_key(sample_id)].append(place)
-            place += 1
-    for places in groups.values():
-        yield sorted((marks[place] for place in places), key=lambda mark: (mark.teacher, mark.repeat, mark.place))
-
-
-def _key(sample_id: str) -> int:
+def _hash(sample_id: str) -> int:
+    """Return 64 bits that stand for a question: numbers take a fraction of the memory of texts."""
     data = sample_id.encode()
     return zlib.crc32(data) << 32 | zlib.adler32(data)
 
 
-def _compare(group: list[_Mark], selection: Selection) -> None:
-    """Record, for each answer, the share of the question's other answers that agree with it."""
-    answered = [mark for mark in group if mark.answered]
+def _by_question(candidates: Iterable[_Candidate]) -> list[list[_Candidate]]:
+    """Return the traces of each question together: by teacher, then by sample."""
+    questions: dict[int, list[_Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        questions[candidate.question].append(candidate)
+    for traces in questions.values():
+        traces.sort(key=lambda trace: (trace.teacher, trace.repeat, trace.place))
+    return list(questions.values())
+
+
+def _compare_answers(traces: Sequence[_Candidate], selection: Selection) -> None:
+    """Record, for each answer to a question, the share of the others that agree with it; reject where it is too small."""
+    answered = [trace for trace in traces if trace.answered]
     if len(answered) < 2:
         return
-    for mark in answered:
-        same = sum(
-            mark.answer == other.answer or agrees(mark.answer, other.answer, kind=mark.kind)
-            for other in answered
-            if other is not mark
-        )
-        mark.agreement = same / (len(answered) - 1)
-        if mark.accepted and mark.agreement < selection.min_agreement:
-            mark.reasons.append("agreement")
+    for trace in answered:
+        same = 0
+        for other in answered:
+            if other is trace:
+                continue
+            if trace.answer == other.answer or agrees(trace.answer, other.answer, kind=trace.kind):
+                same += 1
+        trace.agreement = same / (len(answered) - 1)
+        if not trace.rejected_by and trace.agreement < selection.min_agreement:
+            trace.rejected_by.append("agreement")
 
 
-def _reject_duplicates(store: TraceStore, marks: list[_Mark], selection: Selection) -> None:
+def _reject_duplicates(store: TraceStore, candidates: Sequence[_Candidate], selection: Selection) -> None:
     """Reject each accepted rationale that is nearly the same as an accepted one before it."""
-    together = None if selection.duplicates == "all" else _question_of(store, marks)
-    # The index proposes candidates generously; the signatures' own estimate decides.
+    within_question = selection.duplicates == "question"
+    accepted_of_question: dict[int, int] = defaultdict(int)
+    for trace in candidates:
+        accepted_of_question[trace.question] += not trace.rejected_by
+    # Within a question, all rationales before are compared. Among all traces the index proposes candidates, generously,
+    # and the signatures' own estimate decides.
+    of_question: dict[int, list[LeanMinHash]] = defaultdict(list)
     index = MinHashLSH(threshold=0.75 * selection.similarity, num_perm=_PERMUTATIONS)
-    earlier: dict[int, list[LeanMinHash]] = defaultdict(list)
     signatures: dict[int, LeanMinHash] = {}
-    for mark, rationale in zip(marks, _texts(store, "rationale"), strict=True):
-        if mark.reasons:
+    for trace, rationale in zip(candidates, _rationales(store), strict=True):
+        if trace.rejected_by:
             continue
-        if together is not None and together[mark.place] < 0:
-            continue  # the only trace of its question
+        # Signatures are what takes time: the only accepted trace of its question needs none.
+        if within_question and accepted_of_question[trace.question] < 2:
+            continue
         signature = _signature(rationale)
-        if together is not None:
-            known = earlier[together[mark.place]]
-            if any(signature.jaccard(other) >= selection.similarity for other in known):
-                mark.reasons.append("duplicate")
-            else:
-                known.append(signature)
-        elif any(signature.jaccard(signatures[place]) >= selection.similarity for place in index.query(signature)):
-            mark.reasons.append("duplicate")
+        if within_question:
+            earlier = of_question[trace.question]
         else:
-            index.insert(mark.place, signature, check_duplication=False)
-            signatures[mark.place] = signature
+            earlier = [signatures[place] for place in index.query(signature)]
+        if _is_near(signature, earlier, selection.similarity):
+            trace.rejected_by.append("duplicate")
+        elif within_question:
+            earlier.append(signature)
+        else:
+            index.insert(trace.place, signature, check_duplication=False)
+            signatures[trace.place] = signature
 
 
-def _question_of(store: TraceStore, marks: list[_Mark]) -> np.ndarray:
-    """Return the number of each trace's question, -1 where it is the only accepted one."""
-    numbers = np.full(len(marks), -1, np.int64)
-    for number, group in enumerate(_by_question(store, marks)):
-        accepted = [mark.place for mark in group if not mark.reasons]
-        if len(accepted) > 1:
-            numbers[accepted] = number
-    return numbers
-
-
-def _texts(store: TraceStore, name: str) -> Iterable[str]:
-    for table in store.columns(name):
-        yield from table[name].to_pylist()
+def _rationales(store: TraceStore) -> Iterator[str]:
+    for table in store.columns("rationale"):
+        yield from table["rationale"].to_pylist()
 
 
 def _signature(text: str) -> LeanMinHash:
+    """Return the MinHash of a text's runs of `_SHINGLE` pieces; of the whole text where it is shorter than one."""
     words = [piece.casefold() for piece in pieces(text)]
-    runs = {" ".join(words[start : start + _SHINGLE]) for start in range(max(1, len(words) - _SHINGLE + 1))}
+    runs = set()
+    for start in range(max(1, len(words) - _SHINGLE + 1)):
+        runs.add(" ".join(words[start : start + _SHINGLE]))
     signature = MinHash(num_perm=_PERMUTATIONS, seed=1)
     signature.update_batch([run.encode() for run in sorted(runs)])
     return LeanMinHash(signature)
 
 
-def _reject_all_but_best(group: list[_Mark], target: int) -> None:
+def _is_near(signature: LeanMinHash, others: Iterable[LeanMinHash], similarity: float) -> bool:
+    return any(signature.jaccard(other) >= similarity for other in others)
+
+
+def _reject_all_but_best(traces: Sequence[_Candidate], target_length: int) -> None:
     """Keep, of each teacher's accepted samples, the one most agreed with, then nearest to the target length."""
-    by_teacher: dict[int, list[_Mark]] = defaultdict(list)
-    for mark in group:
-        if not mark.reasons:
-            by_teacher[mark.teacher].append(mark)
+    by_teacher: dict[int, list[_Candidate]] = defaultdict(list)
+    for trace in traces:
+        if not trace.rejected_by:
+            by_teacher[trace.teacher].append(trace)
+
+    def badness(trace: _Candidate) -> tuple[float, int, int]:
+        agreement = 0.0 if math.isnan(trace.agreement) else trace.agreement
+        return -agreement, abs(trace.tokens - target_length), trace.repeat
+
     for accepted in by_teacher.values():
-        best = min(
-            accepted,
-            key=lambda mark: (-np.nan_to_num(mark.agreement), abs(mark.tokens - target), mark.repeat),
-        )
-        for mark in accepted:
-            if mark is not best:
-                mark.reasons.append("not_best")
+        best = min(accepted, key=badness)
+        for trace in accepted:
+            if trace is not best:
+                trace.rejected_by.append("not_best")
 
 
-def _write_verdicts(store: TraceStore, marks: list[_Mark]) -> int:
+def _write_verdicts(store: TraceStore, candidates: Sequence[_Candidate]) -> int:
     """Write the shards whose verdicts have changed; return how many traces are kept."""
-    place = kept = 0
+    start = kept = 0
     for path in store.shards():
-        before = pq.read_table(path, columns=["rejected_by", "agreement", "verdict"])
-        part = marks[place : place + before.num_rows]
-        place += before.num_rows
-        after: dict[str, list] = {
-            "rejected_by": [mark.reasons for mark in part],
-            "agreement": [None if np.isnan(mark.agreement) else mark.agreement for mark in part],
-            "verdict": ["rejected" if mark.reasons else "kept" for mark in part],
-        }
-        kept += sum(not mark.reasons for mark in part)
+        before = pq.read_table(path, columns=list(_CHANGED))
+        traces = candidates[start : start + before.num_rows]
+        start += before.num_rows
+        after: dict[str, list] = {name: [] for name in _CHANGED}
+        for trace in traces:
+            after["rejected_by"].append(trace.rejected_by)
+            after["agreement"].append(None if math.isnan(trace.agreement) else trace.agreement)
+            after["verdict"].append(verdict_of(trace.rejected_by))
+            kept += not trace.rejected_by
         if before.to_pydict() != after:
-            store.rewrite(path, _replaced(pq.read_table(path), after))
+            store.rewrite(path, _with_columns(pq.read_table(path), after))
     return kept

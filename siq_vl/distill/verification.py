@@ -5,13 +5,18 @@ Rules that compare traces with one another (`duplicate`, `not_best`, `agreement`
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 
-from siq_vl.evaluation.answers import MATCHES, Parsed, agrees, final_answer, number_in, parse_trace
-from siq_vl.evaluation.arithmetic import agrees_with_result, false_statements, results_of
-from siq_vl.evaluation.texts import languages, loops, other_language, pieces
+from siq_vl.distill.schema import Verdict
+from siq_vl.parsing.answers import MATCHES, Parsed, agrees, final_answer, number_in, parse_trace
+from siq_vl.parsing.arithmetic import agrees_with_result, false_statements, results_of
+from siq_vl.parsing.texts import languages, loops, other_language, pieces
 
+TEACHER_ERROR = "teacher_error"  # rejects a trace for which the teacher had no answer; it cannot be skipped
+_OPENING = 160  # characters of an output in which a refusal is looked for
+_LONGEST_CONCLUSION = 6  # words; what is longer is a sentence about the answer, not the answer
 _TAG = re.compile(r"</?(?:think|answer)>")
 _REFUSAL = re.compile(
     r"\b(?:i(?:'|’)?m|i am) (?:sorry\b|(?:unable|not able) to)|\bas an ai\b|"
@@ -27,102 +32,76 @@ _HINTED = re.compile(
     r"\b(?:the )?(?:hint|(?:given|provided|known|stated|correct) answer)\b|\b(?:was|were|am|been) told\b|\baccording to the (?:hint|answer)\b",
     re.IGNORECASE,
 )
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What the rules see of a trace."""
+class RuleInput:
+    """What the rules see of a trace: columns of `schema.TeacherTrace`, and the output taken apart."""
 
     question: str
-    golds: tuple[str, ...]
+    golds: Sequence[str]
     kind: str
-    choices: tuple[str, ...]
+    choices: Sequence[str]
     output: str
     finish_reason: str
     hinted: bool
     error: str
-    parsed: Parsed
-    tokens: int
+
+    @classmethod
+    def of(cls, row: Mapping) -> "RuleInput":
+        """Return what the rules see of a row with at least `RULE_COLUMNS`."""
+        return cls(**{name: row[name] for name in RULE_COLUMNS})
+
+    @cached_property
+    def parsed(self) -> Parsed:
+        """The output's rationale and answer."""
+        return parse_trace(self.output)
+
+    @cached_property
+    def tokens(self) -> int:
+        """The rationale's length in words, numbers and punctuation marks."""
+        return len(pieces(self.parsed.rationale))
 
 
-@dataclass(frozen=True)
-class Verification:
-    """The rules and their bounds.
-
-    Attributes:
-        skip: rules that are left out, of `RULES`.
-        match: how answers and golds are compared: `"exact"`, `"number"` (numbers by value) or `"relaxed"` (within 5%).
-        min_tokens: fewest pieces of rationale: words, numbers and punctuation marks.
-        max_tokens: most pieces of rationale.
-        language: code of the language that rationales are written in, or `""` for any.
-    """
-
-    skip: tuple[str, ...] = ()
-    match: str = "number"
-    min_tokens: int = 1
-    max_tokens: int = 2048
-    language: str = "en"
-
-    def __post_init__(self) -> None:
-        for rule in self.skip:
-            if rule not in RULES:
-                raise ValueError(f"{rule!r} is no rule; the rules are {', '.join(RULES)}")
-        if self.match not in MATCHES:
-            raise ValueError(f"match is {self.match!r}; it must be one of {', '.join(MATCHES)}")
-        if not 0 <= self.min_tokens <= self.max_tokens:
-            raise ValueError(
-                f"rationales of {self.min_tokens} to {self.max_tokens} tokens: the bounds must rise from 0"
-            )
-        if self.language and self.language not in languages():
-            raise ValueError(f"language is {self.language!r}; it must be a code such as en, or empty for any")
-
-    def settings(self) -> dict:
-        return {**asdict(self), "skip": sorted(self.skip)}
-
-    def judge(self, trace: Trace) -> list[str]:
-        """Return the names of the rules that reject the trace, in the rules' order; an accepted trace has none."""
-        if trace.error:
-            return ["teacher_error"]
-        return [name for name, rejects in RULES.items() if name not in self.skip and rejects(trace, self)]
+RULE_COLUMNS = tuple(column.name for column in fields(RuleInput))
 
 
-def read(output: str) -> tuple[Parsed, int]:
-    """Return an output taken apart, and the number of pieces of its rationale."""
-    parsed = parse_trace(output)
-    return parsed, len(pieces(parsed.rationale))
-
-
-def _unparsed(trace: Trace, rules: Verification) -> bool:
+def _unparsed(trace: RuleInput, rules: "Verification") -> bool:
     return not trace.parsed.rationale or not trace.parsed.answer
 
 
-def _truncated(trace: Trace, rules: Verification) -> bool:
+def _truncated(trace: RuleInput, rules: "Verification") -> bool:
     return trace.finish_reason == "length"
 
 
-def _refused(trace: Trace, rules: Verification) -> bool:
+def _refused(trace: RuleInput, rules: "Verification") -> bool:
+    # Where a gold answer itself reads like a refusal ("cannot be determined"), saying so is no refusal.
+    for gold in trace.golds:
+        if _REFUSAL.search(gold):
+            return False
     # A refusal opens the reasoning or is the answer; deep inside, "I cannot see a third bar" may be sound reasoning.
-    if any(_REFUSAL.search(gold) for gold in trace.golds):
-        return False
-    opening = (trace.parsed.rationale or trace.output)[:160]
+    opening = (trace.parsed.rationale or trace.output)[:_OPENING]
     return bool(_REFUSAL.search(opening) or _REFUSAL.search(trace.parsed.answer))
 
 
-def _repeats(trace: Trace, rules: Verification) -> bool:
+def _repeats(trace: RuleInput, rules: "Verification") -> bool:
+    # The whole output is looked at, since a loop can keep the rationale from ever being closed.
     return loops(pieces(_TAG.sub(" ", trace.output)))
 
 
-def _wrong_answer(trace: Trace, rules: Verification) -> bool:
+def _wrong_answer(trace: RuleInput, rules: "Verification") -> bool:
+    # Without a gold answer nothing can be said; without an answer the rule `parse` has spoken.
     if not trace.golds or not trace.parsed.answer:
         return False
     return not agrees(trace.parsed.answer, trace.golds, kind=trace.kind, choices=trace.choices, match=rules.match)
 
 
-def _wrong_arithmetic(trace: Trace, rules: Verification) -> bool:
+def _wrong_arithmetic(trace: RuleInput, rules: "Verification") -> bool:
     return bool(false_statements(trace.parsed.rationale))
 
 
-def _contradicts(trace: Trace, rules: Verification) -> bool:
+def _contradicts(trace: RuleInput, rules: "Verification") -> bool:
     """Whether the rationale concludes something other than the answer.
 
     A conclusion is what it calls the answer, or the result of an equation in its last sentence when the answer is a
@@ -131,30 +110,41 @@ def _contradicts(trace: Trace, rules: Verification) -> bool:
     answer = trace.parsed.answer
     if not answer:
         return False
-    if named := final_answer(trace.parsed.rationale):
-        return len(named.split()) <= 6 and not agrees(named, answer, kind=trace.kind, choices=trace.choices)
-    stated = number_in(answer)
-    last = re.split(r"(?<=[.!?])\s+|\n", trace.parsed.rationale.strip())[-1]
-    results = results_of(last)
-    if trace.kind == "choice" or stated is None or not results:
+    if conclusion := final_answer(trace.parsed.rationale):
+        if len(conclusion.split()) > _LONGEST_CONCLUSION:
+            return False
+        return not agrees(conclusion, answer, kind=trace.kind, choices=trace.choices)
+    number = number_in(answer)
+    # The answer of a multiple choice is a letter or one of its texts: a number in it need not be what was calculated.
+    if number is None or trace.kind == "choice":
         return False
-    return not any(agrees_with_result(stated[0], value, shown) for value, shown in results)
+    value, _unit = number
+    last_sentence = _SENTENCE_END.split(trace.parsed.rationale.strip())[-1]
+    results = results_of(last_sentence)
+    for result, shown in results:
+        if agrees_with_result(value, result, shown):
+            return False
+    return bool(results)
 
 
-def _wrong_length(trace: Trace, rules: Verification) -> bool:
-    return bool(trace.parsed.rationale) and not rules.min_tokens <= trace.tokens <= rules.max_tokens
+def _wrong_length(trace: RuleInput, rules: "Verification") -> bool:
+    # A missing rationale is a matter of the rule `parse`.
+    return bool(trace.parsed.rationale) and not rules.min_length <= trace.tokens <= rules.max_length
 
 
-def _other_language(trace: Trace, rules: Verification) -> bool:
+def _other_language(trace: RuleInput, rules: "Verification") -> bool:
+    if not rules.language:
+        return False
+    # Words of the question and of its answers may be quoted in whatever language they are.
     known = trace.question + " ".join(trace.golds)
-    return bool(rules.language) and other_language(trace.parsed.rationale, rules.language, known=known)
+    return other_language(trace.parsed.rationale, rules.language, known=known)
 
 
-def _leaks_hint(trace: Trace, rules: Verification) -> bool:
+def _leaks_hint(trace: RuleInput, rules: "Verification") -> bool:
     return trace.hinted and bool(_HINTED.search(trace.parsed.rationale))
 
 
-RULES: Mapping[str, Callable[[Trace, Verification], bool]] = {
+RULES: Mapping[str, Callable[[RuleInput, "Verification"], bool]] = {
     "parse": _unparsed,
     "truncated": _truncated,
     "refusal": _refused,
@@ -166,3 +156,82 @@ RULES: Mapping[str, Callable[[Trace, Verification], bool]] = {
     "language": _other_language,
     "hint": _leaks_hint,
 }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Which rules are applied to each trace, and with which bounds; the field's help says what each of them is."""
+
+    _argument_group_name = "verification, of each trace by itself"
+
+    skip_rules: list[str] = field(
+        default_factory=list,
+        metadata={"choices": tuple(RULES), "metavar": "RULE", "help": f"rules to leave out: {', '.join(RULES)}"},
+    )
+    match: str = field(
+        default="number",
+        metadata={
+            "choices": MATCHES,
+            "help": "how answers are compared with gold ones: as words, numbers by value, or numbers within 5%%",
+        },
+    )
+    min_length: int = field(default=1, metadata={"help": "of a rationale, in words, numbers and punctuation marks"})
+    max_length: int = field(
+        default=2048,
+        metadata={
+            "help": "of a rationale, in words, numbers and punctuation marks; not, as when training, in a model's tokens"
+        },
+    )
+    language: str = field(default="en", metadata={"help": "code of the rationales' language; '' for any"})
+
+    def __post_init__(self) -> None:
+        for rule in self.skip_rules:
+            if rule not in RULES:
+                raise ValueError(f"{rule!r} is no rule; the rules are {', '.join(RULES)}")
+        if self.match not in MATCHES:
+            raise ValueError(f"match is {self.match!r}; it must be one of {', '.join(MATCHES)}")
+        if not 0 <= self.min_length <= self.max_length:
+            raise ValueError(
+                f"rationales of {self.min_length} to {self.max_length} tokens: the bounds must rise from 0"
+            )
+        if self.language and self.language not in languages():
+            raise ValueError(f"language is {self.language!r}; it must be a code such as en, or empty for any")
+
+    def settings(self) -> dict:
+        """Return what a store's settings.json keeps; its keys are those of the first stores."""
+        return {
+            "skip": sorted(self.skip_rules),
+            "match": self.match,
+            "min_tokens": self.min_length,
+            "max_tokens": self.max_length,
+            "language": self.language,
+        }
+
+    def judge(self, trace: RuleInput) -> list[str]:
+        """Return the names of the rules that reject the trace, in the rules' order; an accepted trace has none."""
+        if trace.error:
+            return [TEACHER_ERROR]
+        rejected_by = []
+        for name, rejects in RULES.items():
+            if name not in self.skip_rules and rejects(trace, self):
+                rejected_by.append(name)
+        return rejected_by
+
+    def verdict(self, trace: RuleInput) -> Verdict:
+        """Return the verdict on one trace, before it is held against others."""
+        rejected_by = self.judge(trace)
+        return {
+            "rationale": trace.parsed.rationale,
+            "answer": trace.parsed.answer,
+            "rationale_tokens": trace.tokens,
+            "rejected_by": rejected_by,
+            "agreement": None,
+            "verdict": verdict_of(rejected_by),
+        }
+
+
+def verdict_of(rejected_by: Sequence[str]) -> str:
+    """Return the verdict on a trace that these rules reject."""
+    if rejected_by:
+        return "rejected"
+    return "kept"

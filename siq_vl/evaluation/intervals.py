@@ -23,6 +23,29 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def clustered_ratio(scores: Sequence[float], clusters: Sequence[str]) -> float:
+    """Return the standard error of a mean with clusters, over that of independent scores.
+
+    The sandwich estimator: deviations from the mean are summed within a cluster before they are squared.
+
+    Args:
+        scores: of each question.
+        clusters: what questions share whose scores may depend on each other.
+
+    Raises:
+        ValueError: lists of different lengths, or scores that are all alike, whose error is 0.
+    """
+    if len(scores) != len(clusters) or len(set(scores)) < 2:
+        raise ValueError(
+            f"got {len(scores)} scores, {len(set(scores))} of them distinct, and {len(clusters)} clusters; "
+            "give each score its cluster, and scores that differ"
+        )
+    deviations = np.subtract(scores, np.mean(scores))
+    _, places = np.unique(list(clusters), return_inverse=True)
+    sums = np.bincount(places, weights=deviations)
+    return float(np.sqrt((sums**2).sum() / (deviations**2).sum()))
+
+
 def paired_difference(first: list[bool], second: list[bool]) -> tuple[float, float]:
     """Return the mean of `second - first` on the same questions and the half-width of its 95% interval.
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from siq_vl.data.collation import IGNORED, ConversationCollator
 from siq_vl.data.conversations import Dropped
 from siq_vl.data.figures.rows import assistant_turn, reasoned
-from siq_vl.evaluation.questions import Item
+from siq_vl.evaluation.items import Item
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from siq_vl.evaluation import metrics
-from siq_vl.evaluation.answers import Parsed, Reading, agrees, matches, parse, read
-from siq_vl.evaluation.questions import Item
+from siq_vl.evaluation.items import Item
+from siq_vl.parsing.answers import Parsed, Reading, agrees, matches, parse, read
 
 
 @dataclass(frozen=True)

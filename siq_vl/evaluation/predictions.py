@@ -10,11 +10,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from siq_vl.data.figures.dataset import CAPTION_PROMPT
 from siq_vl.data.figures.rows import user_turn
-from siq_vl.evaluation.answers import fact_score, parse
 from siq_vl.evaluation.generation import generate_texts
+from siq_vl.evaluation.items import Item
 from siq_vl.evaluation.marking import mark
-from siq_vl.evaluation.questions import Item
-from siq_vl.evaluation.texts import pieces
+from siq_vl.parsing.answers import fact_score, parse
+from siq_vl.parsing.texts import pieces
 
 # Kinds of fault. The first three are the data's: such a question is not in any score. The others count as wrong.
 ROW, IMAGE, NO_GOLD, MODEL, EMPTY = "unreadable row", "unreadable image", "missing gold", "model error", "empty output"

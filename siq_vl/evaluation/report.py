@@ -1,32 +1,31 @@
 """One self-contained page and its tables as Markdown: scores, plots, and what each model said, side by side."""
 
-import base64
-import html
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from markupsafe import Markup
 from PIL import Image
 
 from siq_vl.data.conversations import Dropped
-from siq_vl.evaluation.plots import length_plot, loss_plot, running_accuracy_plot
+from siq_vl.evaluation.items import Item
 from siq_vl.evaluation.predictions import Prediction
-from siq_vl.evaluation.questions import Item
-from siq_vl.evaluation.summary import summarize, table3
-from siq_vl.evaluation.tables import accuracy_table, ordinary, type_table
+from siq_vl.evaluation.scores import Summary, summarize, table3
+from siq_vl.evaluation.tables import accuracy_table, ordinary, table_cells, type_table
+from siq_vl.html import image_data_url, render
+from siq_vl.plots import inline, length_plot, loss_plot, running_accuracy_plot
 
 SHOWN = 300  # questions in the gallery
 _SMALL, _LARGE = 256, 640  # pixels: up to the first a picture is kept as it is, above the second it is scaled down
-_PAGE = Path(__file__).with_name("page")
-_FILTERS = {
+# Filters of the gallery; what each of them shows is decided in templates/report.js.
+FILTERS = {
     "all": "all",
     "lost": "right \u2192 wrong",
     "won": "wrong \u2192 right",
     "hallucinated": "hallucinated",
     "longest": "longest",
 }
-Said = Mapping[str, Prediction]
+PredictionsByModel = dict[str, Prediction]
 
 
 def write_report(
@@ -50,70 +49,109 @@ def write_report(
         notes: lines below the scores, such as comparisons and faults.
         shown: questions in the gallery at most; those that a filter finds come first.
     """
-    by_id = {name: {prediction.id: prediction for prediction in made} for name, made in answers.items()}
-    asked = {name: ordinary(made) for name, made in answers.items()}
-    summaries = {name: summarize(made) for name, made in asked.items()}
+    title = "SiQ-VL: " + ", ".join(answers)
+    asked = {name: ordinary(predictions) for name, predictions in answers.items()}
+    summaries = {name: summarize(predictions) for name, predictions in asked.items()}
     scores = {
         "Scores by domain": accuracy_table(answers),
         "The report's Table 3": table3(summaries),
         "Scores by domain and question type": type_table(answers),
     }
+    most_asked = max(len(predictions) for predictions in asked.values())
     intro = (
         "Accuracy in percent with half-widths of 95% Wilson intervals. Table 3, plots and comparisons are about the "
-        f"{max(map(len, asked.values()))} ordinary questions."
+        f"{most_asked} ordinary questions."
     )
-    picked = select(items, [{name: found[item.id] for name, found in by_id.items()} for item in items], shown)
-    cards = "".join(_card(item, {name: found[item.id] for name, found in by_id.items()}) for item in picked)
-    plots = [running_accuracy_plot({name: summary.curve for name, summary in summaries.items()})]
-    plots.append(length_plot({name: [p.length for p in made if p.scored] for name, made in asked.items()}))
-    losses = [(loss_plot(points), name) for name, points in (curves or {}).items()]
-    title = "SiQ-VL: " + ", ".join(answers)
-    first, *rest = scores.items()
-    chosen = (
-        "Every question."
-        if len(picked) == len(items)
-        else (
-            f"{len(picked)} of {len(items)} questions, chosen so that every filter finds some: count in the tables, not here."
-        )
-    )
-    sections = [
-        f"<h1>{html.escape(title)}</h1><p>{intro}</p>",
-        _section(*first),
-        "".join(f"<p>{html.escape(note)}</p>" for note in notes),
-        *(_section(*pair) for pair in rest[:1]),
-        f"<h2>Running accuracy and length of rationales</h2>{_figures([(plot, '') for plot in plots])}",
-        *(f"<details><summary>{name}</summary>{_scrolled(table)}</details>" for name, table in rest[1:]),
-        *(f"<h2>{html.escape(name)}</h2><pre>{html.escape(table)}</pre>" for name, table in (tables or {}).items()),
-        f"<h2>Training loss</h2>{_figures(losses)}" if losses else "",
-        f"<h2>What they said</h2><p>{chosen}</p>{_controls(list(answers), picked)}<div id=gallery>{cards}</div>",
-    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{html.escape(title)}</title><style>{(_PAGE / 'style.css').read_text(encoding='utf-8')}</style>"
-        + "".join(sections)
-        + f"<script>{(_PAGE / 'script.js').read_text(encoding='utf-8')}</script></html>",
-        encoding="utf-8",
+    path.with_suffix(".md").write_text(
+        _as_markdown(title, intro, {**scores, **(tables or {})}, notes), encoding="utf-8"
     )
-    parts = [f"# {title}", intro, *(f"## {name}\n\n{table}" for name, table in {**scores, **(tables or {})}.items())]
-    lines = "\n".join(f"- {note}" for note in notes)
-    path.with_suffix(".md").write_text("\n\n".join([*parts, *([lines] if lines else [])]) + "\n", encoding="utf-8")
+
+    # What every model said to a question, by the question's id.
+    by_id: dict[str, PredictionsByModel] = {item.id: {} for item in items}
+    for name, predictions in answers.items():
+        for prediction in predictions:
+            if prediction.id in by_id:
+                by_id[prediction.id][name] = prediction
+    picked = select(items, [by_id[item.id] for item in items], shown)
+    selection = "Every question."
+    if len(picked) < len(items):
+        selection = (
+            f"{len(picked)} of {len(items)} questions, chosen so that every filter finds some: count in the tables, not "
+            "here."
+        )
+    further = []
+    for heading, text in (tables or {}).items():
+        # What is no table stands as it is; below a table there may be lines of text.
+        table, _, note = text.partition("\n\n")
+        if table.startswith("|"):
+            further.append((heading, table_cells(table), note))
+        else:
+            further.append((heading, [], text))
+    page = render(
+        "report.html.jinja",
+        title=title,
+        intro=intro,
+        scores=[(heading, table_cells(text)) for heading, text in scores.items()],
+        notes=notes,
+        score_plots=_score_plots(asked, summaries),
+        tables=further,
+        loss_plots=[(Markup(inline(loss_plot(points))), name) for name, points in (curves or {}).items()],
+        selection=selection,
+        filters=FILTERS,
+        models=list(answers),
+        domains=["", *dict.fromkeys(item.domain for item in picked)],
+        cards=[_card(item, by_id[item.id]) for item in picked],
+    )
+    path.write_text(page, encoding="utf-8")
 
 
-def select(items: Sequence[Item], said: Sequence[Said], count: int) -> list[Item]:
-    """Return `count` items in their order, as many for each filter of the gallery as can be had."""
+def _as_markdown(title: str, intro: str, tables: Mapping[str, str], notes: Sequence[str]) -> str:
+    """Return the page's tables and notes as Markdown."""
+    parts = [f"# {title}", intro]
+    for heading, table in tables.items():
+        parts.append(f"## {heading}\n\n{table}")
+    if notes:
+        parts.append("\n".join(f"- {note}" for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _score_plots(
+    asked: Mapping[str, Sequence[Prediction]], summaries: Mapping[str, Summary]
+) -> list[tuple[Markup, str]]:
+    """Return running accuracies and lengths of rationales, each with its caption."""
+    curves = {name: summary.curve for name, summary in summaries.items()}
+    lengths = {}
+    for name, predictions in asked.items():
+        lengths[name] = [prediction.length for prediction in predictions if prediction.scored]
+    return [
+        (Markup(inline(running_accuracy_plot(curves))), "Running accuracy by number of questions asked"),
+        (Markup(inline(length_plot(lengths))), "Share of outputs by length of the rationale"),
+    ]
+
+
+def select(items: Sequence[Item], said: Sequence[PredictionsByModel], count: int) -> list[Item]:
+    """Return `count` items in their order, as many for each filter of the gallery as can be had.
+
+    Args:
+        items: the questions.
+        said: what each model said to them, in the same order.
+        count: how many are wanted.
+    """
     if len(items) <= count:
         return list(items)
-    last = list(said[0])[-1]
-    by_length = sorted(range(len(items)), key=lambda place: -said[place][last].length)
-    tests: list[Callable[[Said], bool]] = [
-        lambda found: _went(found, True, False),
-        lambda found: _went(found, False, True),
-        lambda found: any(prediction.hallucinated for prediction in found.values()),
-        lambda found: True,
+    last_model = list(said[0])[-1]
+    places = range(len(items))
+    # What each filter of the page would find, in the order in which it would show it.
+    found_by_filter = [
+        [place for place in places if _went(said[place], True, False)],
+        [place for place in places if _went(said[place], False, True)],
+        [place for place in places if any(prediction.hallucinated for prediction in said[place].values())],
+        list(places),
+        sorted(places, key=lambda place: -said[place][last_model].length),
     ]
-    queues = [iter([place for place in range(len(items)) if test(said[place])]) for test in tests]
-    queues.append(iter(by_length))
+    # One from each filter in turn, until there are enough; a question that two of them find is shown once.
+    queues = [iter(found) for found in found_by_filter]
     chosen: set[int] = set()
     while len(chosen) < count:
         for queue in queues:
@@ -123,103 +161,37 @@ def select(items: Sequence[Item], said: Sequence[Said], count: int) -> list[Item
     return [items[place] for place in sorted(chosen)]
 
 
-def _went(said: Said, before: bool, after: bool) -> bool:
+def _went(said: PredictionsByModel, before: bool, after: bool) -> bool:
     """Return whether some model was `before` and a later one `after`: right or wrong."""
     outcomes = [prediction.correct for prediction in said.values() if prediction.scored]
     return before in outcomes and after in outcomes[outcomes.index(before) :]
 
 
-def _section(title: str, table: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>{_scrolled(table)}"
-
-
-def _scrolled(table: str) -> str:
-    return f"<div class=scroll>{_html_table(table)}</div>"
-
-
-def _html_table(table: str) -> str:
-    """Return an aligned Markdown table as HTML; a row whose name begins with a dash is part of the one above."""
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    drawn = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"
-    for name, *cells in rows:
-        part = " class=part" if name.startswith("- ") else ""
-        inner = "".join(f"<td>{html.escape(cell)}</td>" for cell in (name.removeprefix("- "), *cells))
-        drawn += f"<tr{part}>{inner}</tr>"
-    return f"<table>{drawn}</table>"
-
-
-def _figures(plots: Sequence[tuple[str, str]]) -> str:
-    drawn = "".join(
-        f"<figure class=plot>{plot}<figcaption>{html.escape(name)}</figcaption></figure>" for plot, name in plots
-    )
-    return f"<div class=plots>{drawn}</div>"
-
-
-def _controls(models: Sequence[str], items: Sequence[Item]) -> str:
-    def options(names: Sequence[str], chosen: str) -> str:
-        return "".join(
-            f"<option value='{html.escape(name, quote=True)}'{' selected' if name == chosen else ''}>"
-            f"{html.escape(name or 'every domain')}</option>"
-            for name in names
-        )
-
-    names = list(models)
-    buttons = "".join(
-        f"<button type=button data-filter={key} aria-pressed=false>{label}</button>" for key, label in _FILTERS.items()
-    )
-    domains = ["", *dict.fromkeys(item.domain for item in items)]
-    return (
-        f"<div class=filters>{buttons}"
-        f"<label>from <select id=before>{options(names, names[-2] if len(names) > 1 else names[0])}</select></label>"
-        f"<label>to <select id=after>{options(names, names[-1])}</select></label>"
-        f"<label>in <select id=domain>{options(domains, '')}</select></label><output id=count></output></div>"
-    )
-
-
-def _card(item: Item, said: Said) -> str:
-    steps = ", multi-step" if item.multi_step else ""
-    marks = {name: [p.correct if p.scored else None, p.hallucinated, p.length] for name, p in said.items()}
-    columns = "".join(_said(name, prediction) for name, prediction in said.items())
-    return (
-        f"<article data-domain='{html.escape(item.domain, quote=True)}' data-marks='{html.escape(json.dumps(marks), quote=True)}'>"
-        f"<div class=question>{html.escape(item.question)}<small>{html.escape(f'{item.domain}, {item.type}{steps}')}; truth: "
-        f"{html.escape(item.answer) or '(none)'}</small></div><div>{_pictures(item)}</div>{columns}</article>"
-    )
-
-
-def _pictures(item: Item) -> str:
+def _card(item: Item, predictions: PredictionsByModel) -> dict:
+    """Return what the template shows of a question: its pictures, and what each model said."""
+    # What the page's filters read: right (or null where nothing is scored), hallucinated, length of the rationale.
+    marks = {}
+    for name, prediction in predictions.items():
+        correct = prediction.correct if prediction.scored else None
+        marks[name] = [correct, prediction.hallucinated, prediction.length]
+    pictures, missing = [], ""
     try:
-        pictures = item.open_images()
+        pictures = [_picture(image) for image in item.open_images()]
     except Dropped as dropped:
-        return f"<div class=missing>{html.escape(str(dropped))}</div>"
-    return "".join(
-        f"<img class={'small' if max(picture.size) <= _SMALL else 'large'} "
-        f"alt='{html.escape(item.caption or item.id, quote=True)}' src='{_data_url(picture)}'>"
-        for picture in pictures
-    )
+        missing = str(dropped)
+    return {
+        "item": item,
+        "marks": json.dumps(marks),
+        "pictures": pictures,
+        "missing": missing,
+        "predictions": predictions,
+    }
 
 
-def _said(name: str, prediction: Prediction) -> str:
-    rationale = f"<div class=rationale>{html.escape(prediction.rationale)}</div>" if prediction.rationale else ""
-    verdict = "right" if prediction.correct else "wrong"
-    answer = html.escape(prediction.answer) or "(no answer)"
-    notes = [f"{prediction.contradicted} of {prediction.stated} stated facts contradicted"] * prediction.hallucinated
-    notes += [f"{prediction.fault}: {prediction.detail}"] if prediction.fault else []
-    return (
-        f"<div class=said><h3>{html.escape(name)}</h3>{rationale}<span class='answer {verdict}'>{answer}</span>"
-        + "".join(f"<div class=note>{html.escape(note)}</div>" for note in notes)
-        + "</div>"
-    )
-
-
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
+def _picture(image: Image.Image) -> dict[str, str]:
+    """Return a picture's `data:` address, and whether it is small enough to be shown with sharp pixels."""
     if max(image.size) <= _SMALL:
-        image.save(buffer, "PNG", optimize=True)
-        kind = "png"
-    else:
-        image = image.convert("RGB")
-        image.thumbnail((_LARGE, _LARGE))
-        image.save(buffer, "JPEG", quality=82)
-        kind = "jpeg"
-    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+        return {"size": "small", "address": image_data_url(image, "PNG", optimize=True)}
+    scaled = image.convert("RGB")
+    scaled.thumbnail((_LARGE, _LARGE))
+    return {"size": "large", "address": image_data_url(scaled, "JPEG", quality=82)}

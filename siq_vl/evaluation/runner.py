@@ -24,9 +24,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedC
 from siq_vl.data.conversations import Dropped
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.generation import batches_by_length, complete, rendered
+from siq_vl.evaluation.items import Item
 from siq_vl.evaluation.predictions import Prediction
-from siq_vl.evaluation.questions import Item
 from siq_vl.loading import load_checkpoint
+from siq_vl.locks import Lock
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def run(
         progress: what the progress bar says; no bar by default.
 
     Raises:
-        ValueError: two questions have one id, or the model failed at every question.
+        ValueError: two questions have one id, another run writes `path`, or the model failed at every question.
     """
     repeated = [name for name, count in Counter(item.id for item in items).items() if count > 1]
     if repeated:
@@ -143,9 +144,24 @@ def run(
             f"{len(repeated)} ids are given to several questions, {repeated[0]!r} for one: make them distinct"
         )
     state = process_state()
+    with Lock(path, held=state.is_main_process, is_file=True):
+        return _run(model, processor, items, path, settings, state, identity or {}, progress)
+
+
+def _run(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    items: Sequence[Item],
+    path: Path,
+    settings: RunSettings,
+    state: PartialState,
+    identity: Mapping[str, object],
+    progress: str | None,
+) -> list[Prediction]:
+    """Ask what is not answered yet; see `run`."""
     parts = [path, *(path.with_suffix(f".rank{rank}.jsonl") for rank in range(1, state.num_processes))]
     described = {
-        **(identity or {}),
+        **identity,
         "blind": settings.blind,
         "max_new_tokens": settings.max_new_tokens,
         "template_options": dict(settings.template_options or {}),

@@ -96,11 +96,12 @@ def _table(
         picked = {model: [p for p in made if chosen(p) and p.scored] for model, made in predictions.items()}
         count = max(map(len, picked.values()))
         if count:
-            lines.append([name, str(count), *map(cell or _cell, picked.values())])
+            lines.append([name, str(count), *map(cell or accuracy_cell, picked.values())])
     return markdown(lines)
 
 
-def _cell(predictions: Sequence[Prediction]) -> str:
+def accuracy_cell(predictions: Sequence[Prediction]) -> str:
+    """Return the accuracy in percent with the half-width of Wilson's 95% interval."""
     if not predictions:
         return "-"
     right = sum(prediction.score for prediction in predictions)
@@ -147,3 +148,12 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     drawn = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     drawn.insert(1, "-|-".join("-" * width for width in widths))
     return "\n".join(f"| {line} |" for line in drawn)
+
+
+def table_cells(table: str) -> list[list[str]]:
+    """Return the rows of cells of a table that `markdown` wrote, its header first."""
+    header, _, *rows = table.splitlines()
+    cells = []
+    for line in [header, *rows]:
+        cells.append([cell.strip() for cell in line.strip("|").split("|")])
+    return cells

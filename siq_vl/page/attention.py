@@ -48,12 +48,14 @@ def attention_to_image(
     cache.crop(start - 1 - cache.get_seq_length())
     outputs = twin(input_ids=sequences[:, start - 1 : -1], past_key_values=cache, output_attentions=True)
     on_image = (sequences[0, :start] == twin.config.image_token_id).nonzero()[:, 0]
-    layers = [layer[0, :, :, on_image].float().mean(0) for layer in outputs.attentions]
+    layers = []
+    for layer in outputs.attentions:  # (1, n_heads, n_generated, n_tokens so far)
+        layers.append(layer[0, :, :, on_image].float().mean(0))
     return torch.stack(layers).mean(0).cpu().numpy()
 
 
 @dataclass(frozen=True)
-class Layout:
+class ImageTokenLayout:
     """How a picture became image tokens.
 
     Args:
@@ -98,6 +100,7 @@ class Layout:
             ValueError: the number of weights is not that of this picture's tokens.
         """
         tiles = self.rows * self.columns
+        # Where there are several tiles, a thumbnail of the whole picture comes after them.
         shape = (tiles + (tiles > 1), *self.token_grid)
         if weights.shape != (math.prod(shape),):
             raise ValueError(
@@ -106,6 +109,7 @@ class Layout:
             )
         cells = np.stack([self._spread(tile) for tile in weights.reshape(shape)])
         height, width = cells.shape[1:]
+        # Lay the tiles side by side again, as they were cut out of the picture.
         in_grid = cells[:tiles].reshape(self.rows, self.columns, height, width).swapaxes(1, 2)
         canvas = in_grid.reshape(self.rows * height, self.columns * width)
         if tiles > 1:
@@ -115,25 +119,29 @@ class Layout:
     def _spread(self, weights: np.ndarray) -> np.ndarray:
         """Bring the weights of a tile, `(token rows, token columns)`, to cells: a patch each, or what divides the tile too."""
         rows, columns = self._patches
+        # How many patches of the picture each token stands for: fewer where its block was padded.
         covered = np.ones((rows, columns))
         covered = np.pad(covered, ((0, -rows % self.factor), (0, -columns % self.factor)))
         covered = covered.reshape(weights.shape[0], self.factor, weights.shape[1], self.factor).sum((1, 3))
         patches = _repeat(weights / covered, self.factor, self.factor)[:rows, :columns]
+        # A patch may not divide the tile: cells that divide both let what is left over be drawn, too.
         cell = math.gcd(self.patch, self.height, self.width)
         split = self.patch // cell
         cells = _repeat(patches, split, split) / split**2
         return np.pad(cells, ((0, self.height // cell - cells.shape[0]), (0, self.width // cell - cells.shape[1])))
 
 
-def picture_layout(processor: SiQVLProcessor, height: int, width: int) -> Layout:
+def picture_layout(processor: SiQVLProcessor, height: int, width: int) -> ImageTokenLayout:
     """Return how a processor cuts a picture of a size in pixels into image tokens."""
     size = processor.image_processor.size
     rows, columns = tile_grid(height, width, size["height"], size["width"], processor.max_tiles)
-    return Layout(rows, columns, size["height"], size["width"], processor.patch_size, processor.pixel_shuffle_factor)
+    return ImageTokenLayout(
+        rows, columns, size["height"], size["width"], processor.patch_size, processor.pixel_shuffle_factor
+    )
 
 
 @dataclass(frozen=True)
-class Gaze:
+class AttentionMap:
     """Where the tokens of one output looked.
 
     Args:
@@ -144,7 +152,7 @@ class Gaze:
 
     weights: np.ndarray
     ends: Sequence[int]
-    layout: Layout
+    layout: ImageTokenLayout
 
     def of(self, start: int, end: int) -> tuple[np.ndarray, float]:
         """Return the heat map of the characters `start` to `end` of the text, and the share of attention on the picture.
@@ -154,8 +162,12 @@ class Gaze:
         Raises:
             ValueError: no token wrote them.
         """
-        begins = (0, *self.ends[:-1])
-        wrote = [place for place, (a, b) in enumerate(zip(begins, self.ends, strict=True)) if a < end and b > start]
+        wrote = []
+        token_start = 0
+        for place, token_end in enumerate(self.ends):
+            if token_start < end and token_end > start:
+                wrote.append(place)
+            token_start = token_end
         if not wrote:
             raise ValueError(
                 f"no token wrote the characters {start} to {end} of {self.ends[-1]}: pass a part of the text"

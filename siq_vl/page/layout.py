@@ -9,14 +9,15 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from siq_vl.data.figures.dataset import Sample, sample
+from siq_vl.data.figures.dataset import FigureSample, sample
 from siq_vl.data.images import decode_image, find_under
 from siq_vl.page.cards import card, empty_card, picture_address
-from siq_vl.page.streaming import Talker
+from siq_vl.page.streaming import StreamingModel
 
 _STYLE = Path(__file__).with_name("style.css")
 _FONT = ("ui-sans-serif", "system-ui", "sans-serif")  # of the reader's own machine: nothing is fetched
 _MONO = ("ui-monospace", "monospace")
+# Marks the cards that were still growing; what they say already stays.
 _STOP = "() => document.querySelectorAll('.siq-card:not([data-state=done], [data-state=idle])').forEach(c => c.dataset.state = 'stopped')"
 # Figures of the test split, by domain and place, whose questions take more than one step.
 _EXAMPLES = (("scenes", 14), ("charts", 2), ("documents", 9), ("scenes", 10), ("charts", 0), ("documents", 4))
@@ -40,15 +41,15 @@ def _opened(upload: Upload) -> Image.Image:
     return decode_image(path, upload.get("orig_name") or "the file")
 
 
-def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
+def build_page(models: Sequence[StreamingModel], at_once: int = 2) -> gr.Blocks:
     """Return the page.
 
     Args:
-        talkers: the checkpoints, each with a card of its own.
+        models: the checkpoints, each with a card of its own.
         at_once: answers of one checkpoint under way at the same time; further ones wait in Gradio's queue.
     """
     examples = held_out_examples()
-    unbounded = max(talker.max_new_tokens for talker in talkers)
+    unbounded = max(model.max_new_tokens for model in models)
     with gr.Blocks(title="SiQ-VL", analytics_enabled=False) as page:
         gr.HTML(
             "<div class='siq-head'><h1>SiQ-VL</h1><p>Ask about a picture, and watch the model reason before it answers.</p></div>"
@@ -69,8 +70,8 @@ def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", scale=3, min_width=160, elem_id="ask")
                     stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
-            with gr.Column(scale=4 + 4 * len(talkers), min_width=320), gr.Row(equal_height=False):
-                cards = [gr.HTML(empty_card(talker.name), elem_classes="siq-slot") for talker in talkers]
+            with gr.Column(scale=4 + 4 * len(models), min_width=320), gr.Row(equal_height=False):
+                cards = [gr.HTML(empty_card(model.name), elem_classes="siq-slot") for model in models]
         with gr.Column(elem_id="examples"):
             gr.Examples(
                 [[drawn.image, drawn.question.text] for drawn in examples], [picture, question],
@@ -79,13 +80,19 @@ def build_page(talkers: Sequence[Talker], at_once: int = 2) -> gr.Blocks:
         event: dict[str, Any] = {"preprocess": False, "api_visibility": "private"}
         picture.upload(_checked_upload, picture, picture, show_progress="hidden", **event)
         asked = gr.on([ask.click, question.submit], _check, [picture, question], None, show_progress="hidden", **event)
-        answers = [
-            asked.success(
-                _answering(talker), [picture, question, thinking, longest], its_card, show_progress="minimal",
-                concurrency_limit=at_once, concurrency_id=f"answer {place}", **event,
+        # Every checkpoint answers by itself, into its own card, once the question is found to be in order.
+        answers = []
+        for place, (model, its_card) in enumerate(zip(models, cards, strict=True)):
+            answer = asked.success(
+                _answer_with(model),
+                [picture, question, thinking, longest],
+                its_card,
+                show_progress="minimal",
+                concurrency_limit=at_once,
+                concurrency_id=f"answer {place}",
+                **event,
             )
-            for place, (talker, its_card) in enumerate(zip(talkers, cards, strict=True))
-        ]  # fmt: skip
+            answers.append(answer)
         stop.click(None, cancels=answers, js=_STOP)
     return page
 
@@ -101,16 +108,19 @@ def launch_options() -> dict[str, Any]:
     }
 
 
-def held_out_examples() -> list[Sample]:
+def held_out_examples() -> list[FigureSample]:
     """Return drawn figures that no training showed, with their questions."""
     return [sample("test", place, domain=domain, hard=False) for domain, place in _EXAMPLES]
 
 
 def _theme() -> gr.themes.Base:
     theme = gr.themes.Soft(primary_hue="orange", neutral_hue="slate", font=_FONT, font_mono=_MONO)
-    plain = {"background_fill": "transparent", "text_color": "*body_text_color_subdued"}
+    subdued = "*body_text_color_subdued"
     return theme.set(
-        **{f"block_title_{what}{mode}": value for what, value in plain.items() for mode in ("", "_dark")},
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_text_color=subdued,
+        block_title_text_color_dark=subdued,
         body_background_fill="*neutral_50",
         body_text_color_subdued="*neutral_500",
         block_border_width="1px",
@@ -119,16 +129,18 @@ def _theme() -> gr.themes.Base:
     )
 
 
-def _answering(talker: Talker) -> Callable[[Upload, str, bool, int], Iterator[str]]:
+def _answer_with(model: StreamingModel) -> Callable[[Upload, str, bool, int], Iterator[str]]:
+    """Return what Gradio calls for a question: it yields the model's card as the answer grows."""
+
     def answer(upload: Upload, question: str, thinking: bool, longest: int) -> Iterator[str]:
         image = _opened(upload)
         address = picture_address(image)
         try:
-            bound = longest if thinking and longest < talker.max_new_tokens else None
-            for output in talker.stream(image, question, thinking, bound):
-                yield card(talker.name, address, image.width / image.height, question, output)
+            bound = longest if thinking and longest < model.max_new_tokens else None
+            for output in model.stream(image, question, thinking, bound):
+                yield card(model.name, address, image.width / image.height, question, output)
         except ValueError as error:
-            raise _kind(error) from error
+            raise _page_error(error) from error
 
     return answer
 
@@ -148,7 +160,7 @@ def _check(upload: Upload | None, question: str) -> None:
     try:
         _opened(upload)
     except ValueError as error:
-        raise _kind(error) from error
+        raise _page_error(error) from error
 
 
 def _checked_upload(upload: Upload | None) -> Any:
@@ -162,6 +174,6 @@ def _checked_upload(upload: Upload | None) -> Any:
     return gr.skip()
 
 
-def _kind(error: ValueError) -> gr.Error:
+def _page_error(error: ValueError) -> gr.Error:
     """Return an error that the page shows. Gradio reads messages as HTML, and this one may hold a file's name."""
     return gr.Error(escape(str(error)), title="That did not work", print_exception=False)

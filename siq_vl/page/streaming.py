@@ -12,17 +12,17 @@ from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, T
 from siq_vl.data.figures.rows import user_turn
 from siq_vl.evaluation.generation import rendered
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
-from siq_vl.page.attention import Gaze, attention_to_image, eager_twin, picture_layout
+from siq_vl.page.attention import AttentionMap, attention_to_image, eager_twin, picture_layout
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a model has said so far; `gaze` comes with the last output, unless the answer was stopped."""
+    """What a model has said so far; `attention` comes with the last output, unless the answer was stopped."""
 
     text: str
     finished: bool = False
-    gaze: Gaze | None = None
+    attention: AttentionMap | None = None
 
 
 class Stopped(StoppingCriteria):
@@ -35,8 +35,8 @@ class Stopped(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-class Talker:
-    """A checkpoint that talks about pictures.
+class StreamingModel:
+    """A checkpoint whose answers about pictures arrive token by token.
 
     Generation changes nothing of the model, so that several answers may be under way at once.
 
@@ -50,7 +50,10 @@ class Talker:
     def __init__(
         self, name: str, model: SiQVLForConditionalGeneration, processor: SiQVLProcessor, max_new_tokens: int = 256
     ):
-        self.name, self.model, self.processor, self.max_new_tokens = name, model, processor, max_new_tokens
+        self.name = name
+        self.model = model
+        self.processor = processor
+        self.max_new_tokens = max_new_tokens
         self._twin = eager_twin(model)
 
     def stream(
@@ -69,7 +72,9 @@ class Talker:
         """
         inputs = self._inputs(image, question, thinking)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop, thread = Event(), ThreadPoolExecutor(1, thread_name_prefix="answer")
+        stop = Event()
+        # Generation runs in a thread of its own, and hands its text over through the streamer.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="answer")
         generated = thread.submit(self._generate, inputs, streamer, stop, longest)
         generated.add_done_callback(lambda _: streamer.end())  # after an error nobody else would
         try:
@@ -79,6 +84,7 @@ class Talker:
                 yield Output(text)
             yield self._finished(inputs, generated, image)
         finally:
+            # Also when the reader closed the iterator: the generation ends at its next token.
             stop.set()
             thread.shutdown(wait=False)
 
@@ -88,7 +94,8 @@ class Talker:
         options = {} if thinking else {"enable_thinking": False}
         text = rendered(self.processor, user_turn(question.strip()), options)
         inputs = self.processor(images=[image], text=[text], return_tensors="pt")
-        length, longest = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
+        length = inputs["input_ids"].shape[1]
+        longest = self.model.config.text_config.max_position_embeddings
         if length + self.max_new_tokens > longest:
             raise ValueError(
                 f"picture and question take {length} tokens and the answer up to {self.max_new_tokens}, but the model reads "
@@ -109,10 +116,15 @@ class Talker:
         )
 
     def _finished(self, inputs: BatchFeature, generated: Future, image: Image.Image) -> Output:
-        made, start = generated.result(), inputs["input_ids"].shape[1]
-        ids = made.sequences[0, start:]
+        start = inputs["input_ids"].shape[1]
+        result = generated.result()
+        ids = result.sequences[0, start:]
         decode = self.processor.tokenizer.decode
-        ends = [len(decode(ids[: count + 1], skip_special_tokens=True)) for count in range(len(ids))]
-        weights = attention_to_image(self._twin, made.sequences, made.past_key_values, start)
-        layout = picture_layout(self.processor, *image.size[::-1])
-        return Output(decode(ids, skip_special_tokens=True), True, Gaze(weights, tuple(ends), layout))
+        # A token may be a part of a character: only the text of all tokens so far says where each of them ends.
+        ends = []
+        for count in range(1, len(ids) + 1):
+            ends.append(len(decode(ids[:count], skip_special_tokens=True)))
+        weights = attention_to_image(self._twin, result.sequences, result.past_key_values, start)
+        layout = picture_layout(self.processor, image.height, image.width)
+        text = decode(ids, skip_special_tokens=True)
+        return Output(text, finished=True, attention=AttentionMap(weights, tuple(ends), layout))

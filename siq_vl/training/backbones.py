@@ -4,8 +4,8 @@ import logging
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
+from siq_vl.planning.sizes import model_config
 from siq_vl.processing_siq_vl import SiQVLProcessor
-from siq_vl.sizes import model_config
 from siq_vl.training.recipes import REPO_ROOT, ModelArguments, Recipe, backbones_of, starting_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -1,9 +1,7 @@
 """What happens beside the training steps: freeing memory, and letting the model show what it says."""
 
-import base64
 import gc
 import html
-import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from trl import SFTTrainer
 from trl.models import unwrap_model_for_generation
 
 from siq_vl.evaluation.generation import generate_texts
+from siq_vl.html import image_data_url, render
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 logger = logging.getLogger(__name__)
@@ -231,41 +230,21 @@ def _side_by_side(images: Sequence[Image.Image]) -> np.ndarray:
     return np.asarray(whole)
 
 
-_STYLE = """
-body { margin: 0 auto; max-width: 1180px; padding: 32px 24px; color: #1c2430; background: #f6f7f9;
-  font: 15px/1.5 system-ui, sans-serif; }
-article { display: grid; grid-template-columns: 200px 1fr; gap: 18px; background: #fff; border: 1px solid #dfe4ea;
-  border-radius: 10px; padding: 16px; margin-bottom: 14px; }
-img { max-width: 192px; border: 1px solid #dfe4ea; border-radius: 6px; margin-bottom: 4px; }
-table { border-collapse: collapse; width: 100%; } td { padding: 3px 10px 3px 0; vertical-align: top; overflow-wrap: anywhere; }
-td:first-child { color: #5d6b7c; white-space: nowrap; width: 70px; } .wanted { color: #1a7f4b; }
-"""
-
-
 def samples_page(samples: Sequence[Sample], entries: Sequence[Mapping]) -> str:
     """Return a self-contained page: each held-out row, and what the model said of it at each step."""
     cards = []
     for index, sample in enumerate(samples):
-        pictures = "".join(f"<img alt='' src='{_data_url(image)}'>" for image in sample.images) or "no picture"
-        said = "".join(
-            f"<tr><td>step {entry['step']}</td><td>{html.escape(entry['answers'][index]) or '(nothing)'}</td></tr>"
-            for entry in entries
-            if index < len(entry["answers"])
-        )
-        cards.append(
-            f"<article><div>{pictures}</div><div><b>{html.escape(sample.asked)}</b><table>{said}"
-            f"<tr class=wanted><td>wanted</td><td>{html.escape(sample.wanted)}</td></tr></table></div></article>"
-        )
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>What the model says as it learns</title><style>{_STYLE}</style>"
-        f"<h1>What the model says as it learns</h1>{''.join(cards)}</html>"
-    )
+        answers = []
+        for entry in entries:
+            # A run that was continued with fewer held-out rows has shorter entries.
+            if index < len(entry["answers"]):
+                answers.append((entry["step"], entry["answers"][index]))
+        pictures = [_picture_address(image) for image in sample.images]
+        cards.append({"pictures": pictures, "asked": sample.asked, "answers": answers, "wanted": sample.wanted})
+    return render("samples.html.jinja", title="What the model says as it learns", cards=cards)
 
 
-def _data_url(image: Image.Image) -> str:
+def _picture_address(image: Image.Image) -> str:
     small = image.convert("RGB")
     small.thumbnail((384, 384))
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return image_data_url(small, "PNG", optimize=True)

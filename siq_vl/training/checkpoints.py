@@ -5,7 +5,7 @@ import logging
 import os
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from siq_vl.data.mixtures import MixtureReport
-from siq_vl.distill.rows import store_state
+from siq_vl.distill.training_rows import store_state
 from siq_vl.hub import BEFORE_AFTER_FILE, CURVE_FILE, EMERGENCE_FIGURE, SCORES_FILE, model_card
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
+from siq_vl.plots import learning_curve_plot
 from siq_vl.processing_siq_vl import SiQVLProcessor
-from siq_vl.training.curves import curves_of, learning_curve_svg
 from siq_vl.training.quantization import merge_adapter
 from siq_vl.training.recipes import Recipe, backbones_of
 from siq_vl.training.stages import freeze_for_stage
@@ -156,6 +156,7 @@ def _settings(
         "stage": recipe.stage,
         "recipe": recipe.name,
         "config": recipe.config or None,
+        "decoder": trainer.model.config.text_config.model_type,
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
         "effective_batch_size": samples_a_step(recipe),
@@ -206,12 +207,23 @@ def peak_memory_gib() -> dict[str, float]:
 def _write_records(folder: Path, settings: dict, history: list[dict]) -> None:
     (folder / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in history))
     (folder / "training_settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
-    if curves := curves_of(history):
+    curves = loss_curves(history)
+    if curves:
         title = f"Training loss of stage {settings['stage']}, recipe {settings['recipe']}"
-        (folder / CURVE_FILE).write_text(learning_curve_svg(curves, title), encoding="utf-8")
+        (folder / CURVE_FILE).write_text(learning_curve_plot(curves, title), encoding="utf-8")
     emerged = (folder.parent / EMERGENCE_FIGURE).exists()
     card = model_card(settings, has_curve=bool(curves), has_emergence=emerged)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def loss_curves(history: Sequence[Mapping]) -> dict[str, list[tuple[int, float]]]:
+    """Return the loss, and the loss of each source, as (step, loss) points from a trainer's log history."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            if name == "loss" or name.startswith("loss/"):
+                curves.setdefault(name, []).append((entry["step"], value))
+    return curves
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> None:

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
-from siq_vl.loading import KEPT_WHOLE
+from siq_vl.loading import KEPT_WHOLE, load_model
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.training.recipes import AdapterArguments
 
@@ -49,9 +49,7 @@ def load_nf4(
     """
     from bitsandbytes.nn import Linear4bit  # imported where NF4 is asked for: it takes a second, and looks for a GPU
 
-    model = SiQVLForConditionalGeneration.from_pretrained(
-        path, quantization_config=nf4_config(adapter, compute_dtype), dtype=dtype
-    )
+    model = load_model(path, quantization_config=nf4_config(adapter, compute_dtype), dtype=dtype)
     quantized = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
     if not quantized or any("language_model" not in name for name, _ in quantized):
         raise ValueError(f"{path} was loaded with {len(quantized)} NF4 layers, and some are not the language model's")

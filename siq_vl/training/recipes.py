@@ -11,10 +11,10 @@ import torch
 import yaml
 from trl import SFTConfig, TrlParser
 
-from siq_vl.data.features_build import FeatureArguments
+from siq_vl.data.feature_cache.build import FeatureArguments
 from siq_vl.data.mixtures import MixtureConfig
 from siq_vl.data.sources import FIGURES
-from siq_vl.distill.rows import TraceArguments
+from siq_vl.distill.training_rows import TraceArguments
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,9 @@ class AdapterArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the LoRA branch."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        metadata={"help": "Linear layers of the language model that get an adapter."},
+        metadata={
+            "help": "Linear layers of the language model that get an adapter; by default all, whatever their names."
+        },
     )
     load_in_4bit: bool = field(
         default=False, metadata={"help": "QLoRA: hold the frozen language model in NF4 (bitsandbytes)."}
@@ -236,7 +238,10 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
         rest = [*rest, "--use_cpu", "true"]  # bf16 on a machine with no accelerator has to be asked for
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             rest = [*rest, "--ddp_backend", "gloo"]
-    parsed = parser.parse_args_and_config(args=["--config", str(path), *rest])
+    try:
+        parsed = parser.parse_args_and_config(args=["--config", str(path), *rest])
+    except ValueError as error:  # what the libraries find wrong with a field is about the command line too
+        raise ValueError(f"{error}: correct the field in {path.name} or on the command line") from error
     model, adapter, data, run, features, training, *others = parsed
     traces = others[0] if others else None
     if model.dtype == "bfloat16" and not training.bf16:

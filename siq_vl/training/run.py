@@ -14,17 +14,17 @@ from siq_vl.data.figures.rows import training_rows
 from siq_vl.data.mixtures import Mixture, MixtureReport, build_mixture
 from siq_vl.data.packing import row_lengths
 from siq_vl.data.sources import FIGURES
-from siq_vl.distill.rows import TrainingTraces, training_traces
+from siq_vl.distill.training_rows import TrainingTraces, training_traces
 from siq_vl.hub import push_stage
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.callbacks import FreeMemoryCallback, SampleCallback
 from siq_vl.training.checkpoints import run_settings, samples_a_step, save_stage
 from siq_vl.training.emergence import EmergenceCallback
-from siq_vl.training.features import rows_with_features
 from siq_vl.training.recipes import REPO_ROOT, Recipe, local_or_hub
 from siq_vl.training.resume import checkpoint_to_resume, discard_incomplete
 from siq_vl.training.stages import freeze_for_stage, log_parameters
+from siq_vl.training.stored_features import rows_with_features
 from siq_vl.training.trainer import AnswerWeights, SiQVLTrainer
 
 logger = logging.getLogger(__name__)

@@ -43,7 +43,7 @@ def freeze_for_stage(model: SiQVLForConditionalGeneration, stage: str, adapter: 
     if stage == "1":
         return None
     # Regular expressions over full names: bare layer names would also match the vision tower's.
-    targets = rf".*\.language_model\..*\.({'|'.join(adapter.lora_target_modules)})"
+    targets = rf".*\.language_model\..*\.({'|'.join(_target_names(model, adapter.lora_target_modules))})"
     if adapter.vision_lora:
         targets = rf"({targets}|.*\.vision_tower\.encoder\..*\.({'|'.join(_VISION_LINEARS)}))"
     return LoraConfig(
@@ -54,6 +54,36 @@ def freeze_for_stage(model: SiQVLForConditionalGeneration, stage: str, adapter: 
         modules_to_save=whole,  # what trains whole without being named here would be missing from the saved adapter
         task_type="CAUSAL_LM",
     )
+
+
+def _target_names(model: SiQVLForConditionalGeneration, names: list[str]) -> list[str]:
+    """Names of the language model's linear layers that get an adapter.
+
+    The default means all of them: where a decoder has other linear layers than the default's seven, such as fused
+    ones, it is their names that are returned.
+
+    Args:
+        model: the model.
+        names: what the recipe asks for.
+
+    Raises:
+        ValueError: the recipe names something else than the default, which the language model has not.
+    """
+    linears = model.model.language_model.named_modules()
+    present = {name.rpartition(".")[2] for name, module in linears if isinstance(module, nn.Linear)}
+    if set(names) == present:
+        return names
+    if sorted(names) == sorted(AdapterArguments().lora_target_modules):
+        logger.info("LoRA on every linear layer of the language model: %s", ", ".join(sorted(present)))
+        return sorted(present)
+    unknown = sorted(set(names) - present)
+    if unknown:
+        raise ValueError(
+            f"lora_target_modules has {', '.join(unknown)}, but the linear layers of this "
+            f"{model.config.text_config.model_type} are {', '.join(sorted(present))}: name some of these, or leave "
+            "lora_target_modules out for all"
+        )
+    return names
 
 
 def _last_vision_layers(model: SiQVLForConditionalGeneration, count: int) -> list[str]:

@@ -9,10 +9,10 @@ remove; its `about.json` says what it belongs to.
 """
 
 from siq_vl import cli
-from siq_vl.training.features import rows_with_features
-from siq_vl.training.loading import load_for_stage
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import hold_out, mixture_for_stage
+from siq_vl.training.starting_model import load_for_stage
+from siq_vl.training.stored_features import rows_with_features
 
 TASKS = {"1": "caption", "2": "answer"}
 

@@ -37,7 +37,10 @@ class Chart(Figure):
         count = rng.choice((2, 3, 4, 4))
         months = sorted(rng.sample(range(12), count))
         values = rng.sample(range(1, MAX_VALUE + 1), count)
-        return cls(tuple((MONTHS[month], value) for month, value in zip(months, values, strict=True)))
+        entries = []
+        for month, value in zip(months, values, strict=True):
+            entries.append((MONTHS[month], value))
+        return cls(tuple(entries))
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -57,6 +60,14 @@ class Chart(Figure):
         return [shade(color, rng) for color in rng.sample(tuple(COLORS), len(self.entries))]
 
 
+def _cells_below(facts: tuple[Fact, ...]) -> dict[tuple[int, int], Fact]:
+    """Return the cells of a chart whose labels stand below its bars, in the last row of cells."""
+    found = {}
+    for column, fact in enumerate(facts):
+        found[3, column] = fact
+    return found
+
+
 def _bar(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], fill: tuple[int, int, int]) -> None:
     pen.rectangle(box, fill=fill, outline=INK)
 
@@ -73,7 +84,7 @@ class ColumnChart(Chart):
     kind: ClassVar[str] = "columns"
 
     def cells(self) -> dict[tuple[int, int], Fact]:
-        return {(3, column): fact for column, fact in enumerate(self.facts)}
+        return _cells_below(self.facts)
 
     def draw(self, rng: Random) -> Image.Image:
         image, pen = canvas((255, 255, 255))
@@ -91,7 +102,10 @@ class RowChart(Chart):
     kind: ClassVar[str] = "rows"
 
     def cells(self) -> dict[tuple[int, int], Fact]:
-        return {(row, 0): fact for row, fact in enumerate(self.facts)}
+        found = {}
+        for row, fact in enumerate(self.facts):
+            found[row, 0] = fact
+        return found
 
     def draw(self, rng: Random) -> Image.Image:
         image, pen = canvas((255, 255, 255))
@@ -112,7 +126,7 @@ class AxisChart(Chart):
         return True
 
     def cells(self) -> dict[tuple[int, int], Fact]:
-        return {(3, column): fact for column, fact in enumerate(self.facts)}
+        return _cells_below(self.facts)
 
     def draw(self, rng: Random) -> Image.Image:
         image, pen = canvas((255, 255, 255))

@@ -33,7 +33,7 @@ _CONTENT_SPLITS = {0: "test", 1: "validation"}
 
 
 @dataclass(frozen=True)
-class Sample:
+class FigureSample:
     """A figure, one question about it, and the picture on demand.
 
     `hard` marks the reported-only row: axis reading without printed values, and sums of three or more terms.
@@ -59,7 +59,9 @@ def content_split(figure: Figure) -> str:
     return _CONTENT_SPLITS.get(crc32(figure.content.encode()) % _PARTS, "train")
 
 
-def sample(split: str, index: int, *, seed: int = 0, domain: str | None = None, hard: bool | None = None) -> Sample:
+def sample(
+    split: str, index: int, *, seed: int = 0, domain: str | None = None, hard: bool | None = None
+) -> FigureSample:
     """Draw one sample; the same arguments give the same sample on any machine.
 
     Args:
@@ -75,14 +77,18 @@ def sample(split: str, index: int, *, seed: int = 0, domain: str | None = None, 
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if domain is None:
-        domains = ("charts", "documents") if hard else tuple(DOMAINS)
+        domains = tuple(DOMAINS)
+        if hard:  # scenes have none
+            domains = ("charts", "documents")
         domain = domains[index % len(domains)]
     if domain not in DOMAINS:
         raise ValueError(f"domain is {domain!r}; it must be one of {', '.join(DOMAINS)}")
     if hard and domain == "scenes":
         raise ValueError("domain is 'scenes', which has no hard samples; use 'charts' or 'documents', or hard=False")
+    # The sample's name is its seed: neither its neighbours nor the order in which they are drawn can change it.
     name = f"{split}/{seed}/{domain}/{index}"
     rng = Random(name)
+    # Figures are drawn until one belongs to the split and has a question of the wanted kind.
     while True:
         wants_hard = rng.random() < _HARD_SHARE if hard is None else hard
         kinds = DOMAINS[domain]
@@ -93,8 +99,10 @@ def sample(split: str, index: int, *, seed: int = 0, domain: str | None = None, 
             continue
         questions = figure.questions(rng)
         allowed = [question for question in questions if figure.hard or question.hard == wants_hard]
-        if allowed or (hard is None and (allowed := [question for question in questions if not question.hard])):
-            return Sample(name, figure, rng.choice(allowed))
+        if not allowed and hard is None:  # nobody insists on a hard one
+            allowed = [question for question in questions if not question.hard]
+        if allowed:
+            return FigureSample(name, figure, rng.choice(allowed))
 
 
 def rationale(figure: Figure, question: Question, style: str = "structured") -> str:
@@ -112,4 +120,6 @@ def rationale(figure: Figure, question: Question, style: str = "structured") -> 
         return ". ".join(question.steps)
     # What the caption has just listed is not listed again.
     steps = [step for step in question.steps if not figure.caption.endswith(f": {step}")]
-    return ". ".join((figure.caption, *(steps if style == "structured" else steps[-1:])))
+    if style == "text_first":
+        steps = steps[-1:]
+    return ". ".join((figure.caption, *steps))

@@ -49,7 +49,10 @@ class Receipt(Figure):
         return False
 
     def cells(self) -> dict[tuple[int, int], Fact]:
-        return {(row, column): fact for row, fact in enumerate(self.facts, 1) for column in (1, 2)}
+        found: dict[tuple[int, int], Fact] = {}
+        for row, fact in enumerate(self.facts, 1):  # the top of the receipt is blank
+            found[row, 1] = found[row, 2] = fact
+        return found
 
     def draw(self, rng: Random) -> Image.Image:
         image, pen = canvas(rng.choice(_DESK))
@@ -91,7 +94,10 @@ class Signs(Figure):
         return any(word in HELD_OUT_SIGNS for _, word in self.boards)
 
     def cells(self) -> dict[tuple[int, int], Fact]:
-        return {(2 * row + 1, column): fact for row, fact in enumerate(self.boards) for column in (1, 2)}
+        found: dict[tuple[int, int], Fact] = {}
+        for row, fact in enumerate(self.boards):  # a sign is two cells high; its word is in the lower
+            found[2 * row + 1, 1] = found[2 * row + 1, 2] = fact
+        return found
 
     def draw(self, rng: Random) -> Image.Image:
         image, pen = canvas(rng.choice(_DESK))
@@ -105,19 +111,19 @@ class Signs(Figure):
 
     def questions(self, rng: Random) -> list[Question]:
         color, word = rng.choice(self.boards)
+        # Another word half of the time; the last two of `SIGNS` are kept out of training.
         other = rng.choice(SIGNS[:-2]) if rng.random() < 0.5 else word
+        says_other = "yes" if other == word else "no"
         read = f"{color} {word}"
         asked = [
             Question("text", phrase(rng, f"What does the {color} sign say?", f"Which word is on the {color} sign?"), word, (read,)),
             Question("color", phrase(rng, f"What color is the {word} sign?", f"Which color has the {word} sign?"), color, (f"{word} {color}",)),
-            Question("yes_no", phrase(rng, f"Does the {color} sign say {other}?", f"Is {other} on the {color} sign?"), "yes" if other == word else "no", (read, verdict(other, word))),
+            Question("yes_no", phrase(rng, f"Does the {color} sign say {other}?", f"Is {other} on the {color} sign?"), says_other, (read, verdict(other, word))),
         ]  # fmt: skip
         if len(self.boards) == 2:
             (_, upper), (lower_color, lower) = self.boards
-            down, up = (
-                f"{upper}, {lower_color} {lower}",
-                f"{lower} {lower_color}, {upper}",
-            )  # from the known to the asked
+            # Each step leads from what is known to what is asked.
+            down, up = f"{upper}, {lower_color} {lower}", f"{lower} {lower_color}, {upper}"
             asked.append(Question("order", f"What does the sign below {upper} say?", lower, (down,), multi_step=True))
             asked.append(Question("order", f"What does the sign above {lower} say?", upper, (up,), multi_step=True))
         return asked
@@ -167,10 +173,11 @@ class Plate(Figure):
     def questions(self, rng: Random) -> list[Question]:
         tens, ones = divmod(self.number, 10)
         read, digits = f"{self.color} {self.letter} {self.number}", f"{self.number} is {tens} {ones}"
+        parity, is_even = ("odd", "no") if ones % 2 else ("even", "yes")
         return [
             Question("text", phrase(rng, "What number is on the plate?", "Which number does the plate have?"), str(self.number), (read,)),
             Question("text", phrase(rng, "What letter is on the plate?", "Which letter does the plate have?"), self.letter, (read,)),
             Question("color", phrase(rng, "What color is the car?", "Which color does the car have?"), self.color, (read,)),
-            Question("yes_no", phrase(rng, "Is the number on the plate even?", "Does the plate have an even number?"), "no" if ones % 2 else "yes", (read, digits, f"{ones} {'odd' if ones % 2 else 'even'}"), multi_step=True),
+            Question("yes_no", phrase(rng, "Is the number on the plate even?", "Does the plate have an even number?"), is_even, (read, digits, f"{ones} {parity}"), multi_step=True),
             Question("digit_sum", phrase(rng, "What is the sum of the digits on the plate?", "How much are the digits of the plate together?"), str(tens + ones), (read, digits, f"{tens} + {ones} = {tens + ones}"), multi_step=True),
         ]  # fmt: skip

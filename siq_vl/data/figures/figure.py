@@ -89,7 +89,9 @@ def phrase(rng: Random, *wordings: str) -> str:
 
 def verdict(a: str, b: str) -> str:
     """Return the step that holds two words against each other."""
-    return f"{a} {b} {'same' if a == b else 'different'}"
+    if a == b:
+        return f"{a} {b} same"
+    return f"{a} {b} different"
 
 
 def compare_and_add(
@@ -105,7 +107,12 @@ def compare_and_add(
     """
     (a, x), (b, y) = rng.sample(entries, 2)
     read = (f"{a} {x}", f"{b} {y}")
-    order = f"{x} {'>' if x > y else '<'} {y}"  # as asked: the sign alone decides the answer
+    # As asked, the first before the second: the sign alone decides the answer.
+    sign, greater, first_is_greater = "<", b, "no"
+    if x > y:
+        sign, greater, first_is_greater = ">", a, "yes"
+    order = f"{x} {sign} {y}"
+    high, low = max(x, y), min(x, y)
 
     def ask(kind: str) -> str:
         return phrase(rng, *wordings[kind]).format(a=a, b=b, x=x)
@@ -113,9 +120,9 @@ def compare_and_add(
     return [
         Question("value", ask("value"), str(x), (f"{a} {x}",)),
         Question("label", ask("label"), a, (f"{x} {a}",)),
-        Question("compare", ask("compare"), a if x > y else b, (*read, order), multi_step=True),
-        Question("yes_no", ask("yes_no"), "yes" if x > y else "no", (*read, order), multi_step=True),
-        Question("difference", ask("difference"), str(abs(x - y)), (*read, f"{max(x, y)} - {min(x, y)} = {abs(x - y)}"), multi_step=True),
+        Question("compare", ask("compare"), greater, (*read, order), multi_step=True),
+        Question("yes_no", ask("yes_no"), first_is_greater, (*read, order), multi_step=True),
+        Question("difference", ask("difference"), str(high - low), (*read, f"{high} - {low} = {high - low}"), multi_step=True),
         Question("sum", ask("sum"), str(x + y), (*read, f"{x} + {y} = {x + y}"), multi_step=True),
         _extreme("maximum", ask("maximum"), entries, max),
         _extreme("minimum", ask("minimum"), entries, min),
@@ -124,12 +131,13 @@ def compare_and_add(
 
 def _extreme(type: str, text: str, entries: tuple[tuple[str, int], ...], choose: Callable) -> Question:
     """Return the question for the largest or smallest value: each value is read, and what that makes the best so far."""
-    values = [value for _, value in entries]
-    running = [choose(values[: count + 1]) for count in range(len(values))]
-    first, *rest = (f"{label} {value}" for label, value in entries)
-    read = ", ".join([first, *(f"{entry} so {best}" for entry, best in zip(rest, running[1:], strict=True))])
-    answer = entries[values.index(running[-1])][0]
-    return Question(type, text, answer, (read, f"{running[-1]} {answer}"), multi_step=True)
+    answer, best = entries[0]
+    read = [f"{answer} {best}"]
+    for label, value in entries[1:]:
+        if choose(value, best) == value:
+            answer, best = label, value
+        read.append(f"{label} {value} so {best}")
+    return Question(type, text, answer, (", ".join(read), f"{best} {answer}"), multi_step=True)
 
 
 def total(entries: tuple[tuple[str, int], ...], text: str) -> Question:

@@ -6,7 +6,7 @@ from random import Random
 
 from datasets import Dataset
 
-from siq_vl.data.figures.dataset import CAPTION_PROMPT, Sample, rationale, sample
+from siq_vl.data.figures.dataset import CAPTION_PROMPT, FigureSample, rationale, sample
 
 TASKS = ("caption", "answer", "reason")
 CAPTION_PROMPTS = (CAPTION_PROMPT, "What is in the picture?", "Describe this picture.")
@@ -14,7 +14,10 @@ CAPTION_PROMPTS = (CAPTION_PROMPT, "What is in the picture?", "Describe this pic
 
 def user_turn(text: str, images: int = 1) -> list[dict]:
     """Return a prompt: `images` pictures, then `text`, as one user message."""
-    content = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
+    content: list[dict] = []
+    for _ in range(images):
+        content.append({"type": "image"})
+    content.append({"type": "text", "text": text})
     return [{"role": "user", "content": content}]
 
 
@@ -28,7 +31,9 @@ def reasoned(reasoning: str, answer: str) -> str:
     return f"<think>{reasoning}</think><answer>{answer}</answer>"
 
 
-def row(drawn: Sample, task: str, *, style: str = "structured", direct_share: float = 0.0, blind: bool = False) -> dict:
+def row(
+    drawn: FigureSample, task: str, *, style: str = "structured", direct_share: float = 0.0, blind: bool = False
+) -> dict:
     """Return one training row: `images`, `prompt`, `completion` and, in stage 3, `chat_template_kwargs`.
 
     Args:
@@ -45,13 +50,18 @@ def row(drawn: Sample, task: str, *, style: str = "structured", direct_share: fl
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
     rng = Random(f"{drawn.seed}/row")
-    images = [] if blind else [drawn.image]
+    images = []
+    if not blind:
+        images.append(drawn.image)
     if task == "caption":
         return _row(images, rng.choice(CAPTION_PROMPTS), drawn.figure.caption)
     if task == "answer":
         return _row(images, drawn.question.text, drawn.question.answer)
+    # Which rows answer directly is drawn by sample: it depends neither on the style nor on the epoch.
     thinking = rng.random() >= direct_share
-    reasoning = rationale(drawn.figure, drawn.question, style) if thinking else ""
+    reasoning = ""
+    if thinking:
+        reasoning = rationale(drawn.figure, drawn.question, style)
     made = _row(images, drawn.question.text, reasoned(reasoning, drawn.question.answer))
     return {**made, "chat_template_kwargs": {"enable_thinking": thinking}}
 
@@ -75,4 +85,7 @@ def training_rows(split: str, count: int, task: str, *, seed: int = 0, **row_opt
 
 def _draw(batch: Mapping, split: str, task: str, seed: int, row_options: Mapping) -> dict[str, list]:
     rows = [row(sample(split, index, seed=seed), task, **row_options) for index in batch["index"]]
-    return {name: [made[name] for made in rows] for name in rows[0]}
+    columns = {}
+    for name in rows[0]:
+        columns[name] = [made[name] for made in rows]
+    return columns

@@ -34,7 +34,10 @@ class Scene(Figure):
         places = sorted(rng.sample(range(4), count))
         names = rng.sample(OBJECTS, count)
         palette = rng.sample(tuple(COLORS), 3)
-        return cls(tuple((name, rng.choice(palette), PLACES[place]) for name, place in zip(names, places, strict=True)))
+        objects = []
+        for name, place in zip(names, places, strict=True):
+            objects.append((name, rng.choice(palette), PLACES[place]))
+        return cls(tuple(objects))
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -52,6 +55,7 @@ class Scene(Figure):
     def cells(self) -> dict[tuple[int, int], Fact]:
         found = {}
         for fact in self.facts:
+            # A quarter is two cells wide and two high; the object reaches into all four.
             row, column = divmod(PLACES.index(fact[0]), 2)
             for dy in (0, 1):
                 for dx in (0, 1):
@@ -76,7 +80,7 @@ class Scene(Figure):
             self._count_color(rng),
             self._exists(rng),
         ]  # fmt: skip
-        if sum(other == color for _, other, _ in self.objects) == 1:
+        if [other for _, other, _ in self.objects].count(color) == 1:  # otherwise the question has two answers
             text = phrase(rng, f"Which object is {color}?", f"What is {color}?")
             asked.append(Question("object", text, name, (f"{color} {name}",)))
         asked.extend(self._relations(rng))
@@ -85,6 +89,7 @@ class Scene(Figure):
         return asked
 
     def _count_all(self, rng: Random) -> Question:
+        # The step counts aloud: a number alone would have to be seen at a glance.
         listed = ", ".join(f"{number} {name}" for number, (name, _, _) in enumerate(self.objects, 1))
         text = phrase(rng, "How many objects are there?", "What is the number of objects?")
         return Question("number", text, str(len(self.objects)), (listed,), multi_step=True)
@@ -95,19 +100,27 @@ class Scene(Figure):
         color = max(colors, key=colors.count) if rng.random() < 0.5 else rng.choice(colors)
         if rng.random() < 0.15:
             color = rng.choice([absent for absent in COLORS if absent not in colors])
-        named = [name for name, other, _ in self.objects if other == color]
-        step = ", ".join(f"{number} {name} {color}" for number, name in enumerate(named, 1)) or f"no {color}"
+        counted: list[str] = []
+        for name, other, _ in self.objects:
+            if other == color:
+                counted.append(f"{len(counted) + 1} {name} {color}")
+        step = ", ".join(counted) or f"no {color}"
         text = phrase(rng, f"How many objects are {color}?", f"What is the number of {color} objects?")
-        return Question("number", text, str(len(named)), (step,), multi_step=True)
+        return Question("number", text, str(len(counted)), (step,), multi_step=True)
 
     def _exists(self, rng: Random) -> Question:
         colors = {name: color for name, color, _ in self.objects}
+        # Mostly an object of the scene, and mostly in its own colour, so that both answers are common.
         name = rng.choice(tuple(colors)) if rng.random() < 0.8 else rng.choice(OBJECTS)
         color = colors[name] if name in colors and rng.random() < 0.6 else rng.choice(tuple(COLORS))
-        steps = (f"{name} {colors[name]}", verdict(color, colors[name])) if name in colors else (f"no {name}",)
+        if name in colors:
+            steps: tuple[str, ...] = (f"{name} {colors[name]}", verdict(color, colors[name]))
+        else:
+            steps = (f"no {name}",)
         article = "an" if color[0] in "aeiou" else "a"
         text = phrase(rng, f"Is there {article} {color} {name}?", f"Does the picture show {article} {color} {name}?")
-        return Question("yes_no", text, "yes" if colors.get(name) == color else "no", steps)
+        answer = "yes" if colors.get(name) == color else "no"
+        return Question("yes_no", text, answer, steps)
 
     def _same_color(self, rng: Random) -> Question:
         (a, color_a, _), (b, color_b, _) = rng.sample(self.objects, 2)
@@ -118,12 +131,12 @@ class Scene(Figure):
 
     def _relations(self, rng: Random) -> list[Question]:
         at = {place: (name, color) for name, color, place in self.objects}
-        pairs = [
-            (relation, anchor, neighbours[anchor])
-            for relation, neighbours in _NEIGHBOURS.items()
-            for anchor in at
-            if neighbours.get(anchor) in at
-        ]
+        # Every two objects of which one is next to the other.
+        pairs = []
+        for relation, neighbours in _NEIGHBOURS.items():
+            for anchor in at:
+                if neighbours.get(anchor) in at:
+                    pairs.append((relation, anchor, neighbours[anchor]))
         if not pairs:
             return []
         relation, anchor, place = rng.choice(pairs)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from siq_vl.distill.questions import Picture, TraceQuestion
+from siq_vl.distill.questions import EncodedPicture, TraceQuestion
 
 
 class TeacherLost(ValueError):
@@ -13,17 +13,17 @@ class TeacherLost(ValueError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class TeacherRequest:
     """One request: the pictures and the words of the user turn; `repeat` counts the samples of one question."""
 
     question: TraceQuestion
-    pictures: Sequence[Picture]
+    pictures: Sequence[EncodedPicture]
     prompt: str
     repeat: int = 0
 
 
 @dataclass(frozen=True)
-class Said:
+class TeacherReply:
     """One reply.
 
     Attributes:
@@ -71,8 +71,8 @@ class Teacher(ABC):
         """Return the sampling settings that belong to a trace: another value here is another trace."""
 
     @abstractmethod
-    async def generate(self, asked: Sequence[Asked]) -> list[Said]:
-        """Answer requests, in their order; a request that fails gets a `Said` with an `error`.
+    async def generate(self, requests: Sequence[TeacherRequest]) -> list[TeacherReply]:
+        """Answer requests, in their order; a request that fails gets a `TeacherReply` with an `error`.
 
         Raises:
             TeacherLost: no request can succeed any more.

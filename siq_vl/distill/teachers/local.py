@@ -21,14 +21,14 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
-from siq_vl.distill.teachers.base import Asked, Said, Teacher
+from siq_vl.distill.teachers.base import Teacher, TeacherReply, TeacherRequest
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Ready:
-    """Settings that suit a family of models: its prompts and, from its model card, its sampling."""
+class ModelDefaults:
+    """What suits a family of models: its prompts and, from its model card, its sampling."""
 
     prompts: str
     sampling: dict = field(default_factory=dict)
@@ -36,20 +36,20 @@ class Ready:
 
 
 # The first whose key stands in the model's name, case apart, is used; any of it can be overridden.
-READY: dict[str, Ready] = {
-    "qwen3-vl-2b-thinking": Ready("qwen3_vl_thinking", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20}, 4096),
-    "qwen3-vl-2b-instruct": Ready("qwen3_vl_instruct", {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}),
-    "internvl3_5": Ready("internvl3_5", {"do_sample": True, "temperature": 0.6, "top_p": 0.95}),
-    "hunyuanocr": Ready("hunyuan_ocr", {"do_sample": False}),
+MODEL_DEFAULTS: dict[str, ModelDefaults] = {
+    "qwen3-vl-2b-thinking": ModelDefaults("qwen3_vl_thinking", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20}, 4096),
+    "qwen3-vl-2b-instruct": ModelDefaults("qwen3_vl_instruct", {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}),
+    "internvl3_5": ModelDefaults("internvl3_5", {"do_sample": True, "temperature": 0.6, "top_p": 0.95}),
+    "hunyuanocr": ModelDefaults("hunyuan_ocr", {"do_sample": False}),
 }  # fmt: skip
 
 
-def ready_settings(model: str) -> Ready:
-    """Return the settings for a model's name; greedy decoding and the default prompts for unknown ones."""
-    for key, settings in READY.items():
+def defaults_for(model: str) -> ModelDefaults:
+    """Return what suits a model, by its name; greedy decoding and the default prompts for unknown ones."""
+    for key, defaults in MODEL_DEFAULTS.items():
         if key in model.casefold():
-            return settings
-    return Ready("default", {"do_sample": False})
+            return defaults
+    return ModelDefaults("default", {"do_sample": False})
 
 
 class TransformersTeacher(Teacher):
@@ -58,8 +58,8 @@ class TransformersTeacher(Teacher):
     Args:
         model: folder or Hub id.
         revision: branch, tag or commit; the store records the commit that was loaded.
-        sampling: arguments of `generate`, over the ready settings of the model.
-        max_new_tokens: bound on a reply; 0 takes the ready settings'.
+        sampling: arguments of `generate`, over the defaults of the model.
+        max_new_tokens: bound on a reply; 0 takes the model's default.
         batch_size: requests generated together.
         seed: of the sampling.
         trust_remote_code: run the model's own code.
@@ -79,14 +79,13 @@ class TransformersTeacher(Teacher):
         trust_remote_code: bool = False,
         name: str | None = None,
     ):
-        ready = ready_settings(model)
-        self.name, self.prompts_family, self.batch_size = name or model, ready.prompts, batch_size
+        defaults = defaults_for(model)
+        self.name = name or model
+        self.prompts_family = defaults.prompts
+        self.batch_size = batch_size
         self._seed = seed
-        self._sampling = {
-            **ready.sampling,
-            **(sampling or {}),
-            "max_new_tokens": max_new_tokens or ready.max_new_tokens,
-        }
+        self._sampling = {**defaults.sampling, **(sampling or {})}
+        self._sampling["max_new_tokens"] = max_new_tokens or defaults.max_new_tokens
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self._processor = load_processor(model, revision, trust_remote_code)
         self._processor.tokenizer.padding_side = "left"
@@ -104,60 +103,72 @@ class TransformersTeacher(Teacher):
     def settings(self) -> dict:
         return {**self._sampling, "seed": self._seed}
 
-    async def generate(self, asked: Sequence[Asked]) -> list[Said]:
-        return await asyncio.to_thread(self._generate, asked)
+    async def generate(self, requests: Sequence[TeacherRequest]) -> list[TeacherReply]:
+        # In a thread of its own, so that pictures of the next batch can be fetched and signals be heard meanwhile.
+        return await asyncio.to_thread(self._generate, requests)
 
-    def _generate(self, asked: Sequence[Asked]) -> list[Said]:
+    def _generate(self, requests: Sequence[TeacherRequest]) -> list[TeacherReply]:
         started = time.perf_counter()
-        texts = [
-            self._processor.apply_chat_template(_conversation(one), tokenize=False, add_generation_prompt=True)
-            for one in asked
-        ]
-        pictures = [[picture.image for picture in one.pictures] for one in asked]
-        inputs = self._processor(
-            images=[image for images in pictures for image in images] or None,
-            text=texts,
-            padding=True,
-            return_tensors="pt",
-        ).to(self._model.device)
-        for name, value in inputs.items():
-            if torch.is_floating_point(value):
-                inputs[name] = value.to(self._model.dtype)
+        inputs = self._inputs(requests)
         prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
-        accepted = set(inspect.signature(self._model.forward).parameters)
-        inputs = {name: value for name, value in inputs.items() if name in accepted}
         # A batch is made of whatever is missing, so a trace's seed cannot hang on its place in a batch alone.
-        set_seed(hash_seed(self._seed, [(one.question.id, one.repeat) for one in asked]))
+        set_seed(hash_seed(self._seed, [(request.question.id, request.repeat) for request in requests]))
         with torch.inference_mode():
             output = self._model.generate(**inputs, **self._sampling)
         written = output[:, inputs["input_ids"].shape[1] :]
-        seconds = (time.perf_counter() - started) / len(asked)
-        return [self._said(row, read, seconds) for row, read in zip(written, prompt_tokens, strict=True)]
+        seconds = (time.perf_counter() - started) / len(requests)
+        replies = []
+        for row, read in zip(written, prompt_tokens, strict=True):
+            replies.append(self._reply(row, int(read), seconds))
+        return replies
 
-    def _said(self, row: torch.Tensor, read: int, seconds: float) -> Said:
+    def _inputs(self, requests: Sequence[TeacherRequest]) -> dict[str, torch.Tensor]:
+        """Return what the model's `forward` takes, on its device: token ids `(requests, tokens)`, pictures, and more."""
+        texts = []
+        images = []
+        for request in requests:
+            texts.append(
+                self._processor.apply_chat_template(_conversation(request), tokenize=False, add_generation_prompt=True)
+            )
+            images += [picture.image for picture in request.pictures]
+        made = self._processor(images=images or None, text=texts, padding=True, return_tensors="pt")
+        # Some processors return more than their model takes.
+        accepted = inspect.signature(self._model.forward).parameters
+        inputs = {}
+        for name, value in made.to(self._model.device).items():
+            if name not in accepted:
+                continue
+            if torch.is_floating_point(value):
+                value = value.to(self._model.dtype)
+            inputs[name] = value
+        return inputs
+
+    def _reply(self, row: torch.Tensor, read: int, seconds: float) -> TeacherReply:
         """Read one generated row, `(new_tokens,)`, up to its end of turn."""
         ends = self._model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends]) - {None}
-        tokens = row.tolist()
-        length = next((position for position, token in enumerate(tokens) if token in ends), None)
-        kept = tokens if length is None else tokens[:length]
+        if not isinstance(ends, list):
+            ends = [ends]
+        # Without an end the row was cut; behind one there is only padding.
+        finish_reason = "length"
+        tokens = []
+        for token in row.tolist():
+            if token in ends:
+                finish_reason = "stop"
+                break
+            tokens.append(token)
         # Thinking tags can be special tokens of their own: they stay, other special tokens go.
-        text = self._processor.tokenizer.decode(kept, skip_special_tokens=False)
-        for token in self._processor.tokenizer.added_tokens_decoder.values():
-            if token.special and token.content not in ("<think>", "</think>", "<answer>", "</answer>"):
-                text = text.replace(token.content, "")
-        return Said(
-            text.strip(),
-            "length" if length is None else "stop",
-            int(read),
-            len(kept),
-            seconds,
-            error="" if text.strip() else "the message was empty",
-        )
+        text = self._processor.tokenizer.decode(tokens, skip_special_tokens=False)
+        for added in self._processor.tokenizer.added_tokens_decoder.values():
+            if added.special and added.content not in ("<think>", "</think>", "<answer>", "</answer>"):
+                text = text.replace(added.content, "")
+        text = text.strip()
+        error = "" if text else "the message was empty"
+        return TeacherReply(text, finish_reason, read, len(tokens), seconds, error=error)
 
 
-def _conversation(asked: Asked) -> list[dict]:
-    content = [{"type": "image"} for _ in asked.pictures] + [{"type": "text", "text": asked.prompt}]
+def _conversation(request: TeacherRequest) -> list[dict]:
+    content: list[dict] = [{"type": "image"} for _ in request.pictures]
+    content.append({"type": "text", "text": request.prompt})
     return [{"role": "user", "content": content}]
 
 

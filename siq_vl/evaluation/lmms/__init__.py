@@ -8,7 +8,7 @@ SiQ-VL as a model of the harness lmms-eval, and the drawn questions as one of it
 Tasks by name: `mme`, `pope`, `mmvet`, `mmstar`, `chartqa`, `textvqa_val`, `scienceqa_img`, `ocrbench`. They fetch their
 data from the Hub; `mmvet` also asks a judge model for its marks. Offline, with drawn data:
 
-    python -m siq_vl.evaluation.lmms.figures outputs/lmms/figures.parquet --count 100
+    python -m siq_vl.evaluation.lmms.task_data outputs/lmms/figures.parquet --count 100
     python -m lmms_eval --include_path siq_vl/evaluation/lmms/tasks --tasks siq_vl_figures --batch_size 16 \
         --model siq_vl --model_args pretrained=outputs/tiny/stage3
 

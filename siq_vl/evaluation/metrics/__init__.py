@@ -9,7 +9,7 @@
 `summarize` takes any selection of rows, so a bootstrap draws rows and summarizes them again. Every metric is an
 `evaluate` module too: `evaluate.load("metrics/pope")` from the repo's root, offline.
 
-Answers are parsed before (`siq_vl.evaluation.answers.read`); an empty prediction is unparseable, which is wrong and is
+Answers are parsed before (`siq_vl.parsing.answers.read`); an empty prediction is unparseable, which is wrong and is
 reported apart. A sample without a gold answer raises a `ValueError` that names it; `without_gold` finds them before.
 """
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from siq_vl.data.figures.lexicon import COLORS, ITEMS, LETTERS, MONTHS, OBJECTS, PLACES, SIGNS
-from siq_vl.evaluation.answers import TAGS
 from siq_vl.evaluation.metrics.matching import Row
+from siq_vl.parsing.answers import TAGS
 
 _NUMBER = "number"
 # The roles of the words of a fact, by kind of figure; a role that is a number takes any.

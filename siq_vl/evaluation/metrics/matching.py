@@ -8,7 +8,7 @@ import re
 import string
 from collections.abc import Sequence
 
-from siq_vl.evaluation.answers import read
+from siq_vl.parsing.answers import read
 
 Row = dict[str, float]
 Golds = str | Sequence[str]
@@ -97,7 +97,7 @@ def relaxed_accuracy(answer: str, golds: Golds, tolerance: float = 0.05) -> Row:
 
     A number is what Python reads as one, a percentage (`"96%"`) being its fraction. A gold answer of zero, having no
     relative error, must be met as a string. Thousands separators and units are no part of the definition: the parsed
-    answer goes through `siq_vl.evaluation.answers.agrees(match="relaxed")` where they are to be understood.
+    answer goes through `siq_vl.parsing.answers.agrees(match="relaxed")` where they are to be understood.
 
     Source: Masry et al., "ChartQA", ACL Findings 2022, section 5.1, after Methani et al., "PlotQA", WACV 2020;
     `relaxed_correctness` of pix2struct's metrics.

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from siq_vl.evaluation.answers import TAGS, is_well_formed, plain_answer, read
-from siq_vl.evaluation.arithmetic import count_statements, false_statements
 from siq_vl.evaluation.metrics.matching import Row
-from siq_vl.evaluation.texts import loops, other_language, pieces
+from siq_vl.parsing.answers import TAGS, is_well_formed, plain_answer, read
+from siq_vl.parsing.arithmetic import count_statements, false_statements
+from siq_vl.parsing.texts import loops, other_language, pieces
 
 UNITS = ("pieces", "words", "characters")
 

@@ -8,9 +8,9 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from siq_vl.data.conversations import with_markers
-from siq_vl.evaluation.answers import parse
 from siq_vl.evaluation.generation import batches_by_length, complete, rendered
 from siq_vl.evaluation.runner import load_any
+from siq_vl.parsing.answers import parse
 from siq_vl.processing_siq_vl import to_rgb
 
 MAX_NEW_TOKENS = 1024  # where the task sets no bound; a rationale comes before the answer

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from siq_vl.evaluation.answers import matches, parse
+from siq_vl.parsing.answers import matches, parse
 
 
 def visual(row: Mapping) -> list[Image.Image]:

@@ -1,0 +1,169 @@
+"""Questions to evaluate on: of the drawn data set, or of any source that a recipe can train on."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from PIL import Image
+
+from siq_vl.data.conversations import Dropped, text_of
+from siq_vl.data.fields import as_items
+from siq_vl.data.images import decode_image
+from siq_vl.data.preprocessing import DropLog, Preprocessor
+from siq_vl.data.sources import Source
+from siq_vl.parsing.answers import parse
+
+# The metric that a format's published evaluation uses; others compare words and numbers.
+METRIC_OF_FORMAT = {"chartqa": "relaxed", "scienceqa": "choice", "textvqa": "vqa"}
+_TYPE_COLUMNS = ("question_type", "type", "types", "category", "human_or_machine")
+_DOMAIN_COLUMNS = ("domain", "subject", "topic")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One evaluation question.
+
+    Args:
+        id: names it in files and reports.
+        group: for drawn figures `"held out"`, `"combinations"` or `"hard"`; otherwise the split.
+        domain: row of the tables: a domain of drawn figures, or the source.
+        type: what is asked, the finest row of the tables.
+        multi_step: whether more than one look-up is needed, where that is known.
+        question: its text, as reports show it.
+        golds: every answer that counts as right, in the annotators' order; none where it is missing.
+        messages: the conversation, up to and with the question.
+        images: its pictures, as their source stores them.
+        metric: how an answer is compared with the gold ones, see `marking.METRICS`.
+        choices: the texts of a multiple choice.
+        caption: every fact of the picture, where they are known.
+        reasoning: a reference rationale, where there is one.
+        source: where pictures that are not at hand are read from.
+        fault: why the row cannot be asked at all, or the empty string.
+        template_options: given to the chat template.
+    """
+
+    id: str
+    group: str
+    domain: str
+    type: str
+    multi_step: bool
+    question: str
+    golds: tuple[str, ...]
+    messages: Sequence[Mapping] = ()
+    images: Sequence[Any] = ()
+    metric: str = "words"
+    choices: tuple[str, ...] = ()
+    caption: str = ""
+    reasoning: str = ""
+    source: Source | None = field(default=None, compare=False, repr=False)
+    fault: str = ""
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> str:
+        """The gold answer that reports show: the first, or the empty string."""
+        return self.golds[0] if self.golds else ""
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture, opened."""
+        return self.open_images()[0]
+
+    def open_images(self) -> list[Image.Image]:
+        """Return the pictures, decoded.
+
+        Raises:
+            Dropped: one of them is missing or damaged.
+        """
+        if self.source is None:
+            return [_decoded(image, self.id) for image in self.images]
+        preprocessor = Preprocessor(DropLog(1.0))
+        return [preprocessor.image(image, self.source) for image in self.images]
+
+    def prompt(self, blind: bool = False) -> list[dict]:
+        """Return the conversation to complete, on request with every picture withheld."""
+        return [
+            {**turn, "content": [part for part in turn["content"] if not (blind and part["type"] == "image")]}
+            for turn in self.messages
+        ]
+
+
+def _decoded(image: Any, name: str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        return decode_image(image, name)
+    except ValueError as error:
+        raise Dropped("image that cannot be read", str(error), defect=True) from error
+
+
+def items_of(source: Source, count: int | None = None, *, metric: str | None = None) -> list[Item]:
+    """Return the questions of a source's rows, in their order.
+
+    Every user turn that an assistant turn follows is a question, asked after the turns before it. A row that cannot be
+    read is an item with a `fault`, so that it is counted and named; an empty gold answer leaves `golds` empty.
+
+    Args:
+        source: what to read; streams are read from their beginning.
+        count: rows to read at most; all by default.
+        metric: how answers are compared; by default what the format's published evaluation uses.
+    """
+    rows: Iterable
+    if source.streaming:
+        rows = islice(source.stored(), count)
+    else:
+        rows = (source[number] for number in range(min(len(source), count or len(source))))
+    return [item for number, row in enumerate(rows) for item in _items(source, number, row, metric)]
+
+
+def _items(source: Source, number: int, row: Mapping | None, metric: str | None) -> list[Item]:
+    name = f"{source.name}/{number}"
+    labels = row if isinstance(row, Mapping) else {}
+    common: dict[str, Any] = {
+        "group": source.split,
+        "domain": _label(labels, _DOMAIN_COLUMNS) or source.name,
+        "type": _label(labels, _TYPE_COLUMNS) or "any",
+        "multi_step": False,
+    }
+    try:
+        conversation = source.conversation(row)
+    except Dropped as dropped:
+        return [Item(id=name, question="", golds=(), fault=str(dropped), **common)]
+    turns = conversation.messages
+    places = [place for place in range(1, len(turns)) if turns[place]["role"] == "assistant"]
+    items = []
+    for order, place in enumerate(places):
+        asked = turns[:place]
+        pictures = sum(part["type"] == "image" for turn in asked for part in turn["content"])
+        said = parse(text_of(turns[place]))  # a trace is a rationale and an answer
+        answer = said.answer if said.well_formed else text_of(turns[place])
+        items.append(
+            Item(
+                id=name if len(places) == 1 else f"{name}/{order}",
+                question=text_of(asked[-1]),
+                golds=_golds(labels, answer, len(places)),
+                messages=asked,
+                images=conversation.images[:pictures],
+                metric=metric or METRIC_OF_FORMAT.get(source.adapter.__name__, "number"),
+                choices=tuple(map(str, as_items(labels.get("choices")))),
+                reasoning=said.rationale if said.well_formed else "",
+                source=source,
+                template_options=conversation.template_options,
+                **common,
+            )
+        )
+    return items or [Item(id=name, question="", golds=(), fault="no answer: no assistant turn", **common)]
+
+
+def _golds(row: Mapping, answer: str, answers: int) -> tuple[str, ...]:
+    """Return every gold answer of a row: those of all annotators, where it holds them, else the one that trains."""
+    several = row.get("answers")
+    if answers == 1 and isinstance(several, (list, tuple)) and all(isinstance(gold, str) for gold in several):
+        return tuple(gold for gold in several if gold.strip())
+    return (answer,) if answer.strip() else ()
+
+
+def _label(row: Mapping, columns: Sequence[str]) -> str:
+    values = (row.get(column) for column in columns)
+    return next((str(value) for value in values if isinstance(value, (str, int)) and str(value)), "")

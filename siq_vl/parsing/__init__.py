@@ -1,0 +1,1 @@
+"""Reading what models write: rationale, answer, arithmetic, and what can be said of a text."""

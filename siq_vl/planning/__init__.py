@@ -1,0 +1,1 @@
+"""Planning: sizes, memory and the plan of a run, and whether a machine can run it."""
