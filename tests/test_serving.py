@@ -199,9 +199,11 @@ class TestRequestCheck:
 
     def test_a_body_without_end_is_refused(self, monkeypatch):
         monkeypatch.setattr("siq_vl.serving.MAX_BODY_BYTES", 1000)
-        sent = []
+        sent, read = [], []
 
         async def receive():
+            read.append(1)
+            assert len(read) <= 11, "the body is read on and on"
             return {"type": "http.request", "body": b" " * 100, "more_body": True}
 
         async def send(message):
