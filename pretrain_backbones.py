@@ -6,22 +6,30 @@ Stage 0: pretrain the tiny backbones that stand in for SigLIP-2 and Qwen2.5, and
     python pretrain_backbones.py --phase captions # the language model again: captions between the text
     python pretrain_backbones.py --phase export   # check the gates, write backbones/
 
-`text` and `vision` are independent of each other; `captions` needs both. Every phase resumes where it was stopped, runs
+    python pretrain_backbones.py --phase letters  # another tower, which reads at any place: its letters
+    python pretrain_backbones.py --phase world    # the same tower on the whole drawn world
+    python pretrain_backbones.py --phase export_tower  # measure what it reads, write backbones/siglip2-reading/
+
+`text` and `vision` are independent of each other; `captions` needs both; `world` needs `letters`. Every phase resumes where it was stopped, runs
 on a GPU where there is one, and logs its losses and seconds to `outputs/backbones/<phase>/log.jsonl`.
 """
 
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from siq_vl import cli
+from siq_vl.data.world import dataset as world
+from siq_vl.data.world.scatter import scattered
 from siq_vl.locks import Lock
-from siq_vl.pretraining import captions, loop, text, vision
+from siq_vl.pretraining import captions, loop, reading, reading_accuracy, text, vision, world_text
 from siq_vl.pretraining.gates import failures, gate_accuracies
 from siq_vl.pretraining.tokenizer import train_tokenizer
 
@@ -58,6 +66,32 @@ def train_text(options: argparse.Namespace, device: torch.device) -> None:
     loop.run(model, losses_at, options.work / "text", steps=options.steps, learning_rate=options.learning_rate)
 
 
+def train_world_text(options: argparse.Namespace, device: torch.device) -> None:
+    """Train a language model on the text of the drawn world, then check its gates."""
+    folder = options.work / "world_tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        train_tokenizer(world_text.corpus()).save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    model = text.language_model(tokenizer).to(device)
+    batch_at = world_text.WorldTextBatches(
+        tokenizer,
+        options.batch_size,
+        options.seed,
+        look_up_steps=world_text.LOOK_UP_STEPS,
+        calculation_steps=world_text.CALCULATION_STEPS,
+    )
+
+    def losses_at(step: int) -> loop.Losses:
+        return {"text": model(**{name: tensor.to(device) for name, tensor in batch_at(step).items()}).loss}
+
+    loop.run(model, losses_at, options.work / "world_text", steps=options.steps, learning_rate=options.learning_rate)
+    accuracies = gate_accuracies(model, tokenizer, options.count, sample=world.sample)
+    (options.work / "world_text" / "gates.json").write_text(json.dumps(accuracies, indent=2) + "\n")
+    for name, row in accuracies.items():
+        logger.info("%-24s direct %.2f  steps %.2f  (%d)", name, row["direct"], row["steps"], row["questions"])
+    logger.info("gates missed: %s", "; ".join(failures(accuracies)) or "none")
+
+
 def train_vision(options: argparse.Namespace, device: torch.device) -> None:
     """Train the vision tower on the words of each cell."""
     words = vision.figure_words()
@@ -72,6 +106,80 @@ def train_vision(options: argparse.Namespace, device: torch.device) -> None:
     loop.run(model, losses_at, options.work / "vision", steps=options.steps, learning_rate=options.learning_rate)
     samples = [vision.figures.sample("test", index, seed=-1, hard=False) for index in range(600)]
     logger.info("cells read exactly, unseen pictures: %.3f", vision.read_accuracy(model.cpu().eval(), words, samples))
+
+
+def train_letters(options: argparse.Namespace, device: torch.device) -> None:
+    """Train a tower to read: the characters of each patch, then the words of each cell too, on small crowded pictures."""
+    module = reading.ReadingTower(reading.SMALL_SIDE).to(device)
+    size = options.batch_size
+
+    def losses_at(step: int) -> loop.Losses:
+        indices = range(step * size, (step + 1) * size)
+        pictures = [scattered(Random(f"letters/{options.seed}/{index}"), module.side) for index in indices]
+        losses = reading.batch_losses(module, pictures)
+        wanted = ("letters", "seen") if step >= reading.LETTERS_ALONE else ("letters",)
+        return {name: losses[name] for name in wanted}
+
+    run_reading(module, losses_at, options.work / "letters", options)
+
+
+def train_world(options: argparse.Namespace, device: torch.device) -> None:
+    """Train the tower that reads on the whole drawn world, at its full size: characters, words, and facts.
+
+    It begins with what phase `letters` has reached in the same `--work` folder, or else with `backbones/`.
+    """
+    module = reading.ReadingTower(reading.SIDE)
+    letters = options.work / "letters" / "state.pt"
+    if letters.exists():
+        reading.load_smaller(module, torch.load(letters, weights_only=True)["module"])
+    else:
+        module = reading.load_reading_tower(options.backbones / "siglip2-reading")
+    module.to(device)
+    size = options.batch_size
+
+    def losses_at(step: int) -> loop.Losses:
+        indices = range(step * size, (step + 1) * size)
+        return reading.batch_losses(module, [reading.world_picture("train", index, options.seed) for index in indices])
+
+    run_reading(module, losses_at, options.work / "world", options)
+
+
+def export_tower(options: argparse.Namespace, device: torch.device) -> None:
+    """Write the tower that phase `letters` or `world` has reached, and what it reads."""
+    side = {"letters": reading.SMALL_SIDE, "world": reading.SIDE}[options.reached]
+    module = load_module(options.work / options.reached, reading.ReadingTower(side)).eval()
+    folder = options.backbones / "siglip2-reading"
+    reading.save_reading_tower(module, folder)
+    vision.image_processor(side).save_pretrained(folder)
+    lines = (options.work / options.reached / "log.jsonl").read_text().splitlines()
+    read = reading_accuracy.measured(module, options.count, options.font)
+    for table, rows in read.items():
+        for name, row in rows.items():
+            logger.info("%-8s %-50s %s", table, name, {key: round(value, 3) for key, value in row.items()})
+    told = {"phase": options.reached, "training": json.loads(lines[-1]), **read}
+    (folder / "measured.json").write_text(json.dumps(told, indent=2) + "\n")
+    for phase in ("letters", "world"):
+        log = options.work / phase / "log.jsonl"
+        if log.exists():
+            (folder / f"{phase}.jsonl").write_text(log.read_text())
+
+
+def run_reading(
+    module: reading.ReadingTower, losses_at: Callable[[int], loop.Losses], folder: Path, options: argparse.Namespace
+) -> None:
+    """Train a tower with Muon and AdamW, at one rate that falls over the last three tenths of the steps."""
+    if options.compile:
+        module.compile()  # its weights keep their names
+    loop.run(
+        module,
+        losses_at,
+        folder,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        optimizer=reading.MuonAndAdamW(module),
+        factor_at=loop.steady_then_down,
+        save_every=200,
+    )
 
 
 def build_captioner(work: Path, reached: str) -> tuple[captions.Captioner, PreTrainedTokenizerFast]:
@@ -137,7 +245,11 @@ PHASES = {
     "text": (train_text, {"steps": 2400, "batch_size": 32, "learning_rate": 1.5e-3}),
     "vision": (train_vision, {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3}),
     "captions": (train_captions, {"steps": 1200, "batch_size": 16, "learning_rate": 1.5e-3}),
+    "world_text": (train_world_text, {"steps": 4000, "batch_size": 32, "learning_rate": 1.5e-3}),
+    "letters": (train_letters, {"steps": 3800, "batch_size": 16, "learning_rate": 1.5e-3}),
+    "world": (train_world, {"steps": 20000, "batch_size": 16, "learning_rate": 1.5e-3}),
     "export": (export, {}),
+    "export_tower": (export_tower, {}),
 }
 
 
@@ -152,6 +264,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--work", type=Path, default=Path("outputs/backbones"))
     parser.add_argument("--backbones", type=Path, default=Path("backbones"))
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the tower: twice as fast on a CPU, needs a compiler"
+    )
+    parser.add_argument("--reached", choices=("letters", "world"), default="world", help="phase to export the tower of")
+    parser.add_argument("--count", type=int, default=200, help="pictures for each row of what an exported tower reads")
+    parser.add_argument("--font", action="append", default=[], help="path of a further font that it is to read")
     options = parser.parse_args()
     function, defaults = PHASES[options.phase]
     for name, value in defaults.items():
@@ -160,7 +278,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    with Lock(options.backbones if options.phase == "export" else options.work / options.phase):
+    with Lock(options.backbones if options.phase.startswith("export") else options.work / options.phase):
         function(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 

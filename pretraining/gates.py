@@ -1,7 +1,8 @@
 """What a pretrained language model must be able to do on text alone before anybody trains a SiQ-VL on it."""
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
@@ -24,6 +25,7 @@ def gate_accuracies(
     tokenizer: PreTrainedTokenizerFast,
     count: int = 100,
     types: Collection[str] | None = None,
+    sample: Callable[..., Any] = figures.sample,
 ) -> dict[str, dict[str, float]]:
     """Return exact-match accuracies on unseen descriptions.
 
@@ -32,6 +34,7 @@ def gate_accuracies(
         tokenizer: its tokenizer, which pads on the left.
         count: questions of each type, at most.
         types: question types to ask; all by default.
+        sample: where the questions are from: split and index to a sample, with `seed`; the drawn figures by default.
 
     Returns:
         `"domain/type"` to `{"direct": accuracy, "steps": accuracy, "questions": how many}`, answers greedy.
@@ -43,7 +46,7 @@ def gate_accuracies(
             "steps": _accuracy(model, tokenizer, asked, f" {STEP_BY_STEP}"),
             "questions": len(asked),
         }
-        for name, asked in sorted(_described_questions(count).items())
+        for name, asked in sorted(_described_questions(count, sample).items())
         if types is None or name.split("/")[1] in types
     }
 
@@ -60,14 +63,14 @@ def failures(accuracies: dict[str, dict[str, float]]) -> list[str]:
     return found
 
 
-def _described_questions(count: int) -> dict[str, list[Described]]:
+def _described_questions(count: int, sample: Callable[..., Any]) -> dict[str, list[Described]]:
     """Return (description, question) pairs of the test split, at most `count` for each question type."""
     found: dict[str, list[Described]] = defaultdict(list)
     for index in range(60 * count):
-        sample = figures.sample("test", index, seed=-1)
-        rows = found[f"{sample.figure.domain}/{sample.question.type}"]
+        asked = sample("test", index, seed=-1)
+        rows = found[f"{asked.figure.domain}/{asked.question.type}"]
         if len(rows) < count:
-            rows.append((sample.figure.caption, sample.question))
+            rows.append((asked.figure.caption, asked.question))
     return found
 
 

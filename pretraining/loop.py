@@ -7,12 +7,28 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 logger = logging.getLogger(__name__)
 
 Losses = dict[str, torch.Tensor]
+
+
+class Stepped(Protocol):
+    """What the loop asks of an optimiser; `torch.optim.Optimizer` is one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -23,6 +39,13 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def steady_then_down(step: int, steps: int, warmup: int) -> float:
+    """Return linear warm-up over `warmup` steps, one rate, and over the last three tenths a line down to a fiftieth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return max(0.02, min(1.0, (steps - step) / (0.3 * steps)))
+
+
 def run(
     module: torch.nn.Module,
     losses_at: Callable[[int], Losses],
@@ -31,6 +54,8 @@ def run(
     steps: int,
     learning_rate: float,
     parameter_groups: Iterable[dict] | None = None,
+    optimizer: Stepped | None = None,
+    factor_at: Callable[[int, int, int], float] = learning_rate_factor,
     warmup: int = 100,
     save_every: int = 500,
     log_every: int = 50,
@@ -46,17 +71,22 @@ def run(
         losses_at: step number to named scalar losses.
         folder: where state and log are kept.
         steps: number of optimiser steps in all.
-        learning_rate: peak rate of AdamW, warmed up linearly, then a cosine down to a twentieth.
+        learning_rate: peak rate of AdamW; another `optimizer` has its own.
         parameter_groups: AdamW's, each with an optional `scale` of the learning rate; all of `module` by default.
+        optimizer: AdamW by default.
+        factor_at: step, number of steps and of steps of warm-up to the share of the peak rate.
         warmup: steps of warm-up.
         save_every: steps between states.
         log_every: steps between lines of the log.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_path = folder / "state.pt"
-    groups = list(parameter_groups or [{"params": list(module.parameters())}])
-    scales = [group.pop("scale", 1.0) for group in groups]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    if optimizer is None:
+        groups = list(parameter_groups or [{"params": list(module.parameters())}])
+        for group in groups:
+            group["lr"] = learning_rate * group.pop("scale", 1.0)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    peak_rates = [group["lr"] for group in optimizer.param_groups]
     step, spent = 0, 0.0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
@@ -69,9 +99,9 @@ def run(
     started, summed = time.monotonic(), 0
     module.train()
     while step < steps:
-        factor = learning_rate_factor(step, steps, warmup)
-        for group, scale in zip(optimizer.param_groups, scales, strict=True):
-            group["lr"] = learning_rate * scale * factor
+        factor = factor_at(step, steps, warmup)
+        for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
+            group["lr"] = peak * factor
         with torch.autocast(device.type, torch.bfloat16):
             losses = losses_at(step)
         torch.stack(list(losses.values())).sum().backward()

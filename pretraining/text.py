@@ -158,10 +158,18 @@ class TextBatches:
         Random(f"{self._seed}/{bucket}").shuffle(parts)
         return [row for part in parts for row in part]
 
-    def _row(self, index: int) -> tuple[list[int], list[int]]:
+    def _kind(self, index: int) -> str:
         if index < self._look_ups:
-            return encode(self._tokenizer, look_up_drill("train", index, self._seed))
+            return "look up"
         if index < self._look_ups + self._calculations or index % round(1 / CALCULATION_SHARE) == 0:
+            return "calculation"
+        return "conversation"
+
+    def _row(self, index: int) -> tuple[list[int], list[int]]:
+        kind = self._kind(index)
+        if kind == "look up":
+            return encode(self._tokenizer, look_up_drill("train", index, self._seed))
+        if kind == "calculation":
             return encode(self._tokenizer, calculation_drill("train", index, self._seed))
         return encode(self._tokenizer, turn(*conversation("train", index, self._seed)))
 

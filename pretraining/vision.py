@@ -23,9 +23,9 @@ def tower_config() -> SiglipVisionConfig:
     )
 
 
-def image_processor() -> SiglipImageProcessor:
-    """Return the preprocessing of SigLIP-2 at the tiny tower's resolution."""
-    return SiglipImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+def image_processor(side: int = SIZE) -> SiglipImageProcessor:
+    """Return the preprocessing of SigLIP-2 at a tiny tower's resolution."""
+    return SiglipImageProcessor(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 def pixel_batch(samples: list[figures.FigureSample]) -> torch.Tensor:

@@ -44,7 +44,9 @@ for stage, task in (("1", "caption"), ("2", "answer"), ("3", "reason")):
     model, processor = load_for_stage(recipe)
     trainer = make_trainer(recipe, model, processor, rows, list(training_rows("validation", 2, task)))
     train_and_save(trainer, processor, recipe)
-    print(stage, recipe.training.world_size, recipe.training.gradient_accumulation_steps, file=sys.stderr)
+    training = recipe.training
+    # In one piece: two processes write to the same pipe.
+    sys.stderr.write(f"{stage} {training.world_size} {training.gradient_accumulation_steps}\\n")
 """
 
 

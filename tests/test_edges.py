@@ -163,13 +163,13 @@ def test_a_conclusion_is_what_the_last_sentence_or_the_named_answer_says():
 
 def test_bounds_of_the_length_are_within():
     for least, most, rules in ((3, 9, []), (1, 3, []), (4, 9, ["length"]), (1, 2, ["length"])):
-        assert verdict(traced("one two three", "red"), min_tokens=least, max_tokens=most) == rules
+        assert verdict(traced("one two three", "red"), min_length=least, max_length=most) == rules
 
 
 def test_only_a_trace_with_a_hint_can_leak_it():
     leaking = traced("according to the hint it is red", "red")
     assert verdict(leaking) == [] and verdict(leaking, hinted=True) == ["hint"]
-    assert verdict(leaking, hinted=True, skip=("hint",)) == []
+    assert verdict(leaking, hinted=True, skip_rules=("hint",)) == []
 
 
 def test_an_answer_with_no_gold_one_is_not_wrong_and_none_is_no_trace():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from siq_vl.data import sources
 from siq_vl.data.conversations import Conversation, Dropped, message, with_markers
-from siq_vl.data.feature_cache.pictures import Pictures
+from siq_vl.data.feature_cache.pictures import CachedPictures
 from siq_vl.data.feature_cache.store import ENTRY, FeatureLayout, FeatureStore, FeatureWriter
 from siq_vl.data.filters import Duplicates, FilterConfig, filtered
 from siq_vl.data.mixtures import MixtureConfig, build_mixture
@@ -139,21 +139,21 @@ def test_rows_of_other_splits_are_left_out(tmp_path):
 
 def test_pictures_are_known_by_all_that_makes_them(tmp_path):
     """Equal bytes are other pictures where they are decoded, shaped or typed otherwise."""
-    pictures = Pictures(FeatureStore(tmp_path / "store", LAYOUT))
+    pictures = CachedPictures(FeatureStore(tmp_path / "store", LAYOUT))
     image = Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3))
     image.save(tmp_path / "picture.png")
     encoded = (tmp_path / "picture.png").read_bytes()
-    keys = {pictures.encoded(encoded, side, lambda: image).key for side in (None, 3, 4096)}
+    keys = {pictures.from_encoded(encoded, side, lambda: image).key for side in (None, 3, 4096)}
     assert len(keys) == 3
-    assert pictures.encoded(tmp_path / "picture.png", 3, lambda: image).key in keys
+    assert pictures.from_encoded(tmp_path / "picture.png", 3, lambda: image).key in keys
     tall, wide = np.asarray(image), np.asarray(image).reshape(4, 6, 3)
-    assert pictures.opened(tall).key == pictures.opened(image).key != pictures.opened(wide).key
-    assert pictures.opened(wide).size == (6, 4) and pictures.opened(tall).size == (4, 6)
+    assert pictures.from_pixels(tall).key == pictures.from_pixels(image).key != pictures.from_pixels(wide).key
+    assert pictures.from_pixels(wide).size == (6, 4) and pictures.from_pixels(tall).size == (4, 6)
     floats = np.random.default_rng(0).random((4, 2, 3))
-    assert pictures.opened(floats).key != pictures.opened(floats.view(np.float32).reshape(4, 4, 3)).key
+    assert pictures.from_pixels(floats).key != pictures.from_pixels(floats.view(np.float32).reshape(4, 4, 3)).key
     zeros = np.zeros((2, 2, 3), np.float64), np.zeros((2, 2, 3), np.int64)
-    assert len({pictures.opened(each).key for each in zeros}) == 2
-    assert pictures.opened(tall).key not in keys
+    assert len({pictures.from_pixels(each).key for each in zeros}) == 2
+    assert pictures.from_pixels(tall).key not in keys
 
 
 def test_a_key_is_found_by_both_of_its_halves(tmp_path):

@@ -9,11 +9,13 @@ import torch
 from conftest import REPO_ROOT
 
 from siq_vl.data import mixtures
+from siq_vl.data.feature_cache.pictures import Pictures
 from siq_vl.data.figures import dataset, rows
 from siq_vl.data.figures.dataset import FigureSample, content_split, sample
 from siq_vl.data.figures.documents import Receipt
 from siq_vl.data.figures.figure import Question
 from siq_vl.data.mixtures import MixtureConfig, build_mixture
+from siq_vl.data.sources import SourceConfig
 from siq_vl.evaluation import held_out as evaluated
 from siq_vl.pretraining import captions, gates, text, vision
 from siq_vl.processing_siq_vl import _load_backbone_tokenizer
@@ -84,7 +86,7 @@ def test_training_rows_are_of_the_train_split(drawn):
     made = alone.rows[0]
     assert drawn == {"train": 1}
     assert made == rows.row(sample("train", 0, seed=4), "answer") != rows.row(sample("train", 0), "answer")
-    mixtures._drawn(0, "answer", 4, False)
+    mixtures.DrawnFigures(SourceConfig("figures"), "answer", 4, False).row(0, Pictures())
     assert drawn == {"train": 2}
     blind = build_mixture(MixtureConfig(blind=True), "answer", 3).rows[0]
     assert blind["images"] == [] and made["images"]
@@ -135,7 +137,7 @@ def test_stage_0_knows_the_words_of_the_train_split(monkeypatch):
 
 
 def test_the_gates_are_asked_of_the_test_split(drawn):
-    asked = gates._described_questions(2)
+    asked = gates._described_questions(2, gates.figures.sample)
     assert drawn.keys() == {"test"}
     assert max(map(len, asked.values())) == 2
 

@@ -77,7 +77,9 @@ def checked_address(url: str) -> str:
         path = quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
         query = quote(parts.query, safe="/?%:@!$&'()*+,;=~-._[]|")
     except UnicodeError as error:
-        raise ValueError(f"{shown} has a host with characters that no host's name has: correct it") from error
+        raise ValueError(
+            f"{shown} is not a valid address, since no host's name has such characters: correct it"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{shown} is not a valid address ({error}): correct it") from error
     if parts.scheme not in ("http", "https") or not host:
