@@ -6,6 +6,7 @@ Shapes below use `n_images` for the number of images in the whole batch, in the 
 `config.vision_config.image_size`). The tiles of a picture that the processor cuts (`max_tiles`) are images here.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -653,10 +654,9 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
             vision_features=vision_features,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=_one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **{**kwargs, "return_dict": True},
+            **{**kwargs, CACHE: _one_cache(past_key_values, cache), "return_dict": True},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = scale_and_cap(self.lm_head(outputs.last_hidden_state[:, kept, :]), self.config.text_config)
@@ -848,7 +848,13 @@ def _one_cache(past_key_values: Optional[Cache], cache: Optional[Cache]) -> Opti
     """The cache that was given, under the one name or the other."""
     if past_key_values is not None and cache is not None:
         raise ValueError("Got both past_key_values and cache, two names of the same: pass one of them.")
-    return cache if past_key_values is None else past_key_values
+    if past_key_values is None:
+        return cache
+    if CACHE == "cache" and not torch.compiler.is_compiling():
+        warnings.warn(
+            "`past_key_values` is deprecated since transformers 5.24: pass `cache`.", FutureWarning, stacklevel=3
+        )
+    return past_key_values
 
 
 def _is_empty(cache: Optional[Cache]) -> bool:

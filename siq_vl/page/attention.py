@@ -11,7 +11,7 @@ import torch
 from transformers import Cache
 
 from siq_vl.configuration_siq_vl import tile_grid
-from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
+from siq_vl.modeling_siq_vl import CACHE, SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 
@@ -46,7 +46,7 @@ def attention_to_image(
         Array of shape `(n_generated, n_image_tokens)`. A row's sum is the share of attention that fell on the picture.
     """
     cache.crop(start - 1 - cache.get_seq_length())
-    outputs = twin(input_ids=sequences[:, start - 1 : -1], past_key_values=cache, output_attentions=True)
+    outputs = twin(input_ids=sequences[:, start - 1 : -1], output_attentions=True, **{CACHE: cache})
     on_image = (sequences[0, :start] == twin.config.image_token_id).nonzero()[:, 0]
     layers = []
     for layer in outputs.attentions:  # (1, n_heads, n_generated, n_tokens so far)
