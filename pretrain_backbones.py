@@ -176,7 +176,7 @@ def run_reading(
         folder,
         steps=options.steps,
         learning_rate=options.learning_rate,
-        optimizer=reading.MuonAndAdamW(module),
+        optimizer=reading.MuonAndAdamW(module, options.learning_rate),
         factor_at=loop.steady_then_down,
         save_every=200,
     )

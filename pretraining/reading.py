@@ -30,7 +30,7 @@ SIDE = 128  # pixels; of the pictures that the tower is made for
 SMALL_SIDE = 96  # pixels; of the pictures that letters are learnt from
 LETTERS_ALONE = 1500  # steps without words
 WORD_IDS = {word: index for index, word in enumerate(WORDS)}
-_MATRIX_RATE, _OTHER_RATE = 3e-3, 1.5e-3  # peak learning rates of Muon and of AdamW
+_MATRIX_RATE = 2.0  # peak learning rate of Muon, in multiples of AdamW's
 _STREWN_SHARE = 0.3  # of the pictures of the world: words with no meaning, so that reading goes on
 _EMPTY_WEIGHT = 3.0  # of the patches without a character, against those with one
 
@@ -165,13 +165,16 @@ def dense_losses(logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor
 class MuonAndAdamW:
     """Muon for the matrices of the encoder's layers and AdamW for everything else, stepped as one optimiser."""
 
-    def __init__(self, module: ReadingTower) -> None:
+    def __init__(self, module: ReadingTower, learning_rate: float) -> None:
+        """Give every parameter of `module` to one of the two; `learning_rate` is AdamW's peak, Muon's is twice that."""
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             (matrices if ".layers." in name and parameter.ndim == 2 else others).append(parameter)
-        self._muon = torch.optim.Muon(matrices, lr=_MATRIX_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        self._adamw = torch.optim.AdamW(others, lr=_OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+        self._muon = torch.optim.Muon(
+            matrices, lr=_MATRIX_RATE * learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        )
+        self._adamw = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
 
     @property
     def param_groups(self) -> list[dict]:

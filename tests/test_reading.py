@@ -54,7 +54,7 @@ def test_losses_are_those_worked_out_apart(small):
 
 
 def test_muon_has_the_layers_matrices_and_adamw_the_rest(small):
-    optimizer = reading.MuonAndAdamW(small)
+    optimizer = reading.MuonAndAdamW(small, 1.5e-3)
     counts = [len(group["params"]) for group in optimizer.param_groups]
     assert counts[0] == 6  # query, key, value, output, and the two of the MLP
     assert sum(counts) == len(list(small.parameters()))
@@ -80,7 +80,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(small, tmp_path):
                 tmp_path / folder,
                 steps=count,
                 learning_rate=1.0,
-                optimizer=reading.MuonAndAdamW(small),
+                optimizer=reading.MuonAndAdamW(small, 1.5e-3),
                 factor_at=lambda step, steps, warmup: 1 / (1 + step),
                 save_every=2,
                 log_every=2,
