@@ -22,6 +22,7 @@ from siq_vl.plots import learning_curve_plot
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.quantization import merge_adapter
 from siq_vl.training.recipes import Recipe, backbones_of
+from siq_vl.training.sharding import whole_weights
 from siq_vl.training.stages import freeze_for_stage
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,8 @@ def rebuild(
 ) -> PreTrainedModel | PeftModel:
     """Return a whole copy of a sharded model, on the CPU, from its gathered weights."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    whole = SiQVLForConditionalGeneration(base.config)
+    with whole_weights(recipe.training):
+        whole = SiQVLForConditionalGeneration(base.config)
     peft_config = freeze_for_stage(whole, recipe.stage, recipe.adapter)
     if peft_config is not None:
         whole = get_peft_model(whole, peft_config)

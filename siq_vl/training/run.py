@@ -173,6 +173,12 @@ def _check_engine(trainer: SFTTrainer, recipe: Recipe) -> None:
             "load_in_4bit is set, but FSDP and ZeRO-3 cannot shard NF4 weights here: use accelerate_configs/ddp.yaml or "
             "zero2.yaml, or drop load_in_4bit"
         )
+    gathers = "stage3_gather_16bit_weights_on_model_save"
+    if plugin is not None and plugin.zero_stage == 3 and not plugin.deepspeed_config["zero_optimization"].get(gathers):
+        raise ValueError(
+            f"{gathers} is not set under zero_optimization of the DeepSpeed configuration, and a stage ends with a whole "
+            "checkpoint: set it to true (zero3_save_16bit_model in an accelerate configuration)"
+        )
 
 
 def _add_callbacks(trainer: SFTTrainer, recipe: Recipe, processor: SiQVLProcessor, held_out: Sequence[Mapping]) -> None:

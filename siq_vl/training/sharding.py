@@ -1,0 +1,26 @@
+"""What FSDP and DeepSpeed need: models that are whole where they are made, and where they are saved."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl import SFTConfig
+
+
+@contextmanager
+def whole_weights(training: SFTConfig) -> Iterator[None]:
+    """Let models that are made here be whole in this process; ZeRO-3 shards them when the trainer starts.
+
+    Told of ZeRO-3, transformers shards each weight as it is made, by all processes together: a tower and a language
+    model that are loaded apart cannot be joined from shards, nor one process alone make a model to save. A compact
+    model fits a machine's memory once a process.
+    """
+    plugin = training.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        plugin.set_deepspeed_weakref()
