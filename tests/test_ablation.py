@@ -15,8 +15,8 @@ import yaml
 from scipy import stats
 
 from siq_vl.ablation.arms import jobs_of, read_plan
+from siq_vl.ablation.comparison import mean_over_seeds
 from siq_vl.ablation.jobs import Job, Jobs
-from siq_vl.ablation.results import mean_over_seeds
 from siq_vl.data.figures.dataset import sample
 from siq_vl.evaluation.emergence_figure import read_emergence
 from siq_vl.evaluation.held_out import described, held_out_items

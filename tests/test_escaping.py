@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from siq_vl.ablation import results as ablations
+from siq_vl.ablation import comparison
 from siq_vl.distill import store_page as traces_page
 from siq_vl.distill.yields import StoreYield, TeacherYield
 from siq_vl.evaluation import predictions as kept
@@ -108,7 +108,7 @@ def test_figures_and_curves():
     check(running_accuracy_plot({hostile("model"): [0.5]}), "model")
     check(length_plot({hostile("model"): [3, 4]}), "model")
     found = {"accuracy": ratio_of_totals(np.array([[0.0, 1.0]]))}
-    check(ablations.plot({hostile("arm"): ablations.Result("", 0, [], found)}), "arm")
+    check(comparison.plot({hostile("arm"): comparison.Result("", 0, [], found)}), "arm")
     entry = dict.fromkeys(("step", "well_formed", "length", "teacher_length", "structure", "accuracy"), 1.0)
     check(emergence_plot({hostile("run"): [entry]}), "run")
 
@@ -117,7 +117,7 @@ def test_figures_and_curves():
 def test_names_with_dollar_signs_are_no_formulas(name):
     found = {"accuracy": ratio_of_totals(np.array([[0.0, 1.0]]))}
     drawn = running_accuracy_plot({name: [0.5]}), learning_curve_plot({"loss": [(1, 2.0)]}, name)
-    for svg in (*drawn, ablations.plot({name: ablations.Result("", 0, [], found)})):
+    for svg in (*drawn, comparison.plot({name: comparison.Result("", 0, [], found)})):
         assert name in Found(svg).texts
 
 
