@@ -250,6 +250,7 @@ def test_bad_plans_and_options_end_in_one_line(ablate, tmp_path):
     assert calls() == []
     Path("plan.yaml").write_text(yaml.safe_dump({**plan, "start": "nowhere"}))
     assert "reads nowhere/model.safetensors, which does not exist" in ablate()[1]
+    assert calls() == []  # it is said before the job runs, not after
 
 
 def test_an_interruption_ends_what_is_running_and_it_does_not_count_as_done(tmp_path):
