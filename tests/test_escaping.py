@@ -113,6 +113,17 @@ def test_figures_and_curves():
     check(emergence_plot({hostile("run"): [entry]}), "run")
 
 
+def test_a_legend_has_names_that_begin_with_an_underscore():
+    entry = dict.fromkeys(("step", "well_formed", "length", "teacher_length", "structure", "accuracy"), 1.0)
+    for svg in (
+        learning_curve_plot({"_loss": [(1, 2.0)]}, "title"),
+        running_accuracy_plot({"_loss": [0.5], "other": [0.5]}),
+        length_plot({"_loss": [3, 4], "other": [2]}),
+        emergence_plot({"_loss": [entry], "other": [entry]}),
+    ):
+        assert any(text.startswith("_loss") for text in Found(svg).texts)
+
+
 @pytest.mark.parametrize("name", [r"a$\bad{$b", "$x_1$ and $y$", r"\$5 {"])
 def test_names_with_dollar_signs_are_no_formulas(name):
     found = {"accuracy": ratio_of_totals(np.array([[0.0, 1.0]]))}
