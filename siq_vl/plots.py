@@ -100,8 +100,8 @@ def length_plot(lengths: Mapping[str, Sequence[int]], bins: int = 24) -> str:
         if not found:
             continue
         weights = [100 / len(found)] * len(found)
-        drawn = axes.hist(found, bins=edges, weights=weights, histtype="step", color=_colour(place), linewidth=1.8)
-        _, _, (named[name],) = drawn
+        axes.hist(found, bins=edges, weights=weights, histtype="step", color=_colour(place), linewidth=1.8)
+        named[name] = axes.patches[-1]  # the outline that it drew
     axes.set_xlabel("words, numbers and marks of the rationale")
     axes.set_ylabel("outputs, %")
     _add_legend(axes, named, loc="upper right")
