@@ -3,10 +3,12 @@
 Numbers of published examples name their source; all others follow from the definition in the test's own lines.
 """
 
+import importlib.util
 import math
 import os
 import random
 import socket
+from types import ModuleType
 
 import evaluate
 import pytest
@@ -487,8 +489,30 @@ def inputs_of(name: str) -> dict:
     return made
 
 
+def module_of(family: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{family}_metric", REPO_ROOT / "metrics" / family / f"{family}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# By metric, the `evaluate` module that it is a configuration of.
+FAMILIES = {}
+for folder in sorted((REPO_ROOT / "metrics").iterdir()):
+    FAMILIES |= dict.fromkeys(module_of(folder.name).CITATIONS, folder.name)
+
+
 def test_every_metric_is_an_evaluate_module():
-    assert sorted(METRICS) == sorted(path.name for path in (REPO_ROOT / "metrics").iterdir() if path.is_dir())
+    assert sorted(METRICS) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES.values())))
+def test_a_module_without_a_configuration_names_those_that_there_are(family, monkeypatch, tmp_path):
+    monkeypatch.chdir(REPO_ROOT)
+    of_family = ", ".join(name for name in METRICS if FAMILIES[name] == family)
+    with pytest.raises(ValueError, match="config_name is 'default'; pass one of ") as error:
+        evaluate.load(f"metrics/{family}", cache_dir=str(tmp_path))
+    assert all(name in str(error.value) for name in of_family.split(", "))
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))
@@ -500,7 +524,7 @@ def test_evaluate_loads_the_metric_offline(name, monkeypatch, tmp_path):
         monkeypatch.setattr(socket, function, refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.chdir(REPO_ROOT)
-    metric = evaluate.load(f"metrics/{name}", cache_dir=str(tmp_path))
+    metric = evaluate.load(f"metrics/{FAMILIES[name]}", name, cache_dir=str(tmp_path))
     assert metric.description
     assert "per_sample" in metric.inputs_description
     made = inputs_of(name)

@@ -6,8 +6,8 @@
     rows = METRICS["pope"].rows(answers, golds)         # one row a sample
     METRICS["pope"].summarize(rows)                     # accuracy, precision, recall, f1, yes_rate, ...
 
-`summarize` takes any selection of rows, so a bootstrap draws rows and summarizes them again. Every metric is an
-`evaluate` module too: `evaluate.load("metrics/pope")` from the repo's root, offline.
+`summarize` takes any selection of rows, so a bootstrap draws rows and summarizes them again. Every metric is a
+configuration of an `evaluate` module too: `evaluate.load("metrics/answers", "pope")` from the repo's root, offline.
 
 Answers are parsed before (`siq_vl.parsing.answers.read`); an empty prediction is unparseable, which is wrong and is
 reported apart. A sample without a gold answer raises a `ValueError` that names it; `without_gold` finds them before.
