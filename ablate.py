@@ -65,7 +65,7 @@ def run_all(plan: Plan, options: argparse.Namespace) -> Jobs:
 def result_of(plan: Plan, name: str, out: Path) -> ablations.Result:
     """Read the answers of an arm, and how long its runs took."""
     arm, seeds = plan.arms[name], seed_names(plan, plan.arms[name])
-    ways = {way: [kept.read(out / name / way / f"{seed}.jsonl") for seed in seeds] for way in arm.ways}
+    ways = {way: [kept.read_predictions(out / name / way / f"{seed}.jsonl") for seed in seeds] for way in arm.ways}
     settings = [out / name / seed / "training_settings.json" for seed in seeds if arm.train]
     seconds = [json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in settings]
     steps = round(plan.steps * arm.steps) if arm.train else 0

@@ -99,7 +99,10 @@ def curve_of(name: str) -> list[tuple[int, float]]:
 def tell(items: list[Item]) -> None:
     """Print the tables and write the page."""
     columns = ("blind", "stage1", "stage2", "control", "stage3")
-    answers = {"majority": majority(items), **{name: kept.read(EVALUATION / f"{name}.jsonl") for name in columns}}
+    answers = {
+        "majority": majority(items),
+        **{name: kept.read_predictions(EVALUATION / f"{name}.jsonl") for name in columns},
+    }
     captions = json.loads((EVALUATION / "stage1.captions.json").read_text())
     multi_step = {
         name: [p for p in answers[name] if p.group == "held out" and p.multi_step] for name in ("control", "stage3")

@@ -16,7 +16,7 @@ from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.items import items_of
 from siq_vl.evaluation.losses import reference_losses
-from siq_vl.evaluation.scores import before_after
+from siq_vl.evaluation.summaries import before_after
 from siq_vl.hub import model_card, write_card
 
 

@@ -21,9 +21,9 @@ from siq_vl.data.sources import Source, SourceConfig
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation import runner
 from siq_vl.evaluation.held_out import held_out_items
-from siq_vl.evaluation.intervals import mcnemar, paired_bootstrap
 from siq_vl.evaluation.items import items_of
 from siq_vl.evaluation.runner import RunSettings, fault_report, fingerprint, load_any, run, same_questions
+from siq_vl.evaluation.statistics import mcnemar, paired_bootstrap
 
 SHORT = RunSettings(batch_size=4, max_new_tokens=6)
 
@@ -268,7 +268,7 @@ def test_two_processes_answer_what_one_does(checkpoint, items, make_model, proce
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert kept.read(tmp_path / "double.jsonl") == single
+    assert kept.read_predictions(tmp_path / "double.jsonl") == single
     assert not list(tmp_path.glob("double.rank*"))
 
 

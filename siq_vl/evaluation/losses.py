@@ -38,10 +38,12 @@ def reference_losses(
         progress: what the progress bar says; no bar by default.
     """
     collate = ConversationCollator(processor)
-    usable = sorted(
-        (item for item in items if item.answer and not item.fault and (item.reasoning or not traces)),
-        key=lambda item: (len(item.images), len(item.question) + len(item.reasoning)),
-    )
+    usable = []
+    for item in items:
+        if item.answer and not item.fault and (item.reasoning or not traces):
+            usable.append(item)
+    # Questions of like length share a batch, so that little of it is padding.
+    usable.sort(key=lambda item: (len(item.images), len(item.question) + len(item.reasoning)))
     losses: dict[str, float] = {}
     for start in tqdm(range(0, len(usable), batch_size), desc=progress, disable=progress is None):
         rows = {}
@@ -63,6 +65,7 @@ def _losses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> list[f
     inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    # What is put out at a position is the next one's token.
     labels = batch["labels"].to(model.device)[:, 1:]
     with torch.inference_mode():
         logits = model(**inputs).logits[:, :-1].float()

@@ -48,10 +48,13 @@ class Metric:
             ValueError: numbers of samples that differ; a sample without a gold answer, or with a bad one, named by its
                 place.
         """
-        columns = {"references": references if self.reference else None, "choices": choices if self.choices else None}
         if self.reference and references is None:
             raise ValueError(f"references are missing; this metric needs one a prediction: {self.reference}")
-        columns = {name: column for name, column in columns.items() if column is not None}
+        columns: dict[str, Sequence] = {}
+        if self.reference and references is not None:
+            columns["references"] = references
+        if self.choices and choices is not None:
+            columns["choices"] = choices
         for name, column in columns.items():
             if len(column) != len(predictions):
                 raise ValueError(f"got {len(predictions)} predictions and {len(column)} {name}; give one a prediction")
@@ -86,8 +89,11 @@ def _means(headline: str) -> Callable[[Sequence[Row]], Row]:
     """Return a summary that names the mean of `score` by the metric, and means of everything else by their own names."""
 
     def summarize(rows: Sequence[Row]) -> Row:
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        return {headline: means.pop("score"), **means}
+        means = {}
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            means[headline if name == "score" else name] = sum(values) / len(values)
+        return means
 
     return summarize
 

@@ -71,12 +71,18 @@ class SiQVL(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return an answer a request, in their order; `until` strings end an answer early."""
+        # A batch has one bound on its outputs, so requests with the same one are answered together.
+        places_by_bound: dict[int, list[int]] = {}
+        for place, request in enumerate(requests):
+            bound = int(request.args[1].get("max_new_tokens") or 0)
+            places_by_bound.setdefault(bound, []).append(place)
         answers = [""] * len(requests)
-        bounds = [int(request.args[1].get("max_new_tokens") or 0) for request in requests]
-        for bound in sorted(set(bounds)):
-            places = [place for place in range(len(requests)) if bounds[place] == bound]
-            prompts, images = zip(*(self._asked(requests[place]) for place in places), strict=True)
-            texts = [rendered(self.processor, prompt, self.template_options) for prompt in prompts]
+        for bound, places in sorted(places_by_bound.items()):
+            texts, images = [], []
+            for place in places:
+                prompt, pictures = self._asked(requests[place])
+                texts.append(rendered(self.processor, prompt, self.template_options))
+                images.append(pictures)
             for batch in batches_by_length(texts, list(map(len, images)), self.batch_size):
                 outputs = complete(
                     self._model,
@@ -93,13 +99,19 @@ class SiQVL(lmms):
     def _asked(self, request: Instance) -> tuple[list[dict], list[Image.Image]]:
         """Return the prompt and the pictures of a request."""
         context, _, visuals_of, doc_id, task, split = request.args
-        visuals = [visual for visual in visuals_of(self.task_dict[task][split][doc_id]) or [] if visual is not None]
-        images = [to_rgb(visual) for visual in visuals]
+        images = []
+        for visual in visuals_of(self.task_dict[task][split][doc_id]) or ():
+            if visual is not None:
+                images.append(to_rgb(visual))
         return with_markers([("user", context)], len(images)), images
 
     def _answer(self, output: str, until: str | Sequence[str] | None) -> str:
         answer = output if self.keep_rationale else parse(output).answer
-        for ending in [until] if isinstance(until, str) else until or ():
+        if until is None:
+            until = ()
+        elif isinstance(until, str):
+            until = (until,)
+        for ending in until:
             if ending.strip():  # a line break ends no answer here: it may stand between the tags
                 answer = answer.split(ending)[0]
         return answer.strip()
