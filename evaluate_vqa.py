@@ -12,7 +12,8 @@ Evaluate checkpoints, ours or any image-text-to-text model's, on held-out drawn 
 
 Each model's answers are appended to `<output>/<name>.jsonl` batch by batch, and the same command goes on where it was
 interrupted. One table of accuracies with 95% intervals is printed, every pair of neighbouring models is compared on the
-questions that both answered, and faults are counted and named. `--report` also writes a page to look at, and its tables
+questions that both answered, and faults are counted and named. So are answers that ran into `--max_new_tokens`, whose
+default is what the checkpoint was trained on. `--report` also writes a page to look at, and its tables
 as Markdown beside it. `--before_after` adds the report's Table 3 and A.6, the first model beside the last; `--card` writes
 them into the last one's model card. `--shifts` asks the same questions about pictures that were moved, framed, rotated,
 blurred, and so on, in place of the ordinary table. `--results` keeps the tables in a file.
@@ -27,6 +28,7 @@ from pathlib import Path
 from siq_vl import cli
 from siq_vl.data.adapters import FORMATS
 from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.evaluation.generation import fitting_new_tokens
 from siq_vl.evaluation.held_out import described, held_out_items
 from siq_vl.evaluation.items import Item, items_of
 from siq_vl.evaluation.losses import reference_losses
@@ -34,6 +36,7 @@ from siq_vl.evaluation.predictions import ANSWER_METRICS, Prediction, caption_sc
 from siq_vl.evaluation.report import write_report
 from siq_vl.evaluation.runner import (
     RunSettings,
+    cut_off_note,
     fault_report,
     fingerprint,
     load_any,
@@ -68,7 +71,9 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--card", action="store_true", help="write that table into the last model's card")
     parser.add_argument("--batch_size", type=int, default=64, help="questions answered together")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="bound on an answer, rationale included")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="bound on an answer, rationale included; by default what fits each model"
+    )
     parser.add_argument("--max_thinking_tokens", type=int, help="bound on the rationale; the answer follows")
     parser.add_argument("--no_thinking", action="store_true", help="ask for answers without reasoning")
     parser.add_argument("--described", action="store_true", help="show drawn figures' captions in place of pictures")
@@ -160,17 +165,19 @@ def tell(
     items: Sequence[Item],
     answers: Mapping[str, Sequence[Prediction]],
     losses: Mapping[str, Mapping[str, Mapping[str, float]]],
+    bounds: Mapping[str, int],
 ) -> None:
-    """Print the tables, the comparisons and the faults; write the page, and the last model's card."""
+    """Print the tables, the comparisons, the faults and what was cut off; write the page, and the last model's card."""
     notes = []
     for first, second in pairwise(answers):
         shared = same_questions(ordinary(answers[first]), ordinary(answers[second]))
         notes.append(comparison_line(f"{second} over {first}", *shared))
     notes += fault_report(answers).splitlines()
+    notes += cut_off_notes(answers, bounds)
     accuracies = accuracy_table(answers)
     print(f"\n{accuracies}")
     print("".join(f"\n{note}" for note in notes))
-    keep_results(options, {"accuracy": accuracies})
+    keep_results(options, {"accuracy": accuracies}, answers, bounds)
     tables = {}
     if options.before_after:
         compared = {name: ordinary(predictions) for name, predictions in answers.items()}
@@ -185,22 +192,46 @@ def tell(
         print(f"\npage: {options.report}")
 
 
-def tell_shifts(options: argparse.Namespace, answers: Mapping[str, Mapping[str, Sequence[Prediction]]]) -> None:
+def tell_shifts(
+    options: argparse.Namespace, answers: Mapping[str, Mapping[str, Sequence[Prediction]]], bounds: Mapping[str, int]
+) -> None:
     """Print the table of shifts."""
     table = shift_table(answers)
     print(f"\n{table}")
+    of_models: dict[str, list[Prediction]] = {}
     for name, by_shift in answers.items():
         faults = fault_report({f"{name}, {shift}": predictions for shift, predictions in by_shift.items()})
         if faults:
             print(f"\n{faults}")
-    keep_results(options, {"shifts": table})
+        of_models[name] = []
+        for predictions in by_shift.values():
+            of_models[name] += predictions
+    for note in cut_off_notes(of_models, bounds):
+        print(f"\n{note}")
+    keep_results(options, {"shifts": table}, of_models, bounds)
 
 
-def keep_results(options: argparse.Namespace, tables: Mapping[str, str]) -> None:
+def cut_off_notes(answers: Mapping[str, Sequence[Prediction]], bounds: Mapping[str, int]) -> list[str]:
+    """Return a line for every model some of whose answers the bound on new tokens ended."""
+    notes = [cut_off_note(name, predictions, bounds[name]) for name, predictions in answers.items()]
+    return [note for note in notes if note]
+
+
+def keep_results(
+    options: argparse.Namespace,
+    tables: Mapping[str, str],
+    answers: Mapping[str, Sequence[Prediction]],
+    bounds: Mapping[str, int],
+) -> None:
     """Write the results file, if one is wanted."""
-    if options.results is not None:
-        weights = {name: checksum_of_weights(checkpoint) for name, checkpoint in options.model.items()}
-        write_results(options.results, tables, {"weights": weights})
+    if options.results is None:
+        return
+    cut_off = {}
+    for name, predictions in answers.items():
+        cut_off[name] = sum(prediction.cut_off for prediction in predictions)
+    weights = {name: checksum_of_weights(checkpoint) for name, checkpoint in options.model.items()}
+    figures = {"weights": weights, "max_new_tokens": dict(bounds), "cut off": cut_off}
+    write_results(options.results, tables, figures)
 
 
 def tell_captions(options: argparse.Namespace, name: str, items: Sequence[Item], model, processor) -> None:
@@ -219,16 +250,18 @@ def main() -> None:
     is_first_process = process_state().is_main_process
     answers: dict[str, dict[str, list[Prediction]]] = {}
     losses: dict[str, dict] = {}
+    bounds: dict[str, int] = {}
     for name, checkpoint in options.model.items():
         model, processor = load_any(checkpoint, trust_remote_code=options.trust_remote_code)
         settings = RunSettings(
             batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=fitting_new_tokens(checkpoint) if options.max_new_tokens is None else options.max_new_tokens,
             max_thinking_tokens=options.max_thinking_tokens,
             blind=name in options.blind,
             template_options={"enable_thinking": False} if options.no_thinking else None,
         )
         answers[name] = {}
+        bounds[name] = settings.max_new_tokens
         for way, asked in ways.items():
             identity = {"checkpoint": fingerprint(checkpoint)}
             if way != CLEAN:
@@ -246,10 +279,10 @@ def main() -> None:
     if not is_first_process:
         return
     if options.shifts:
-        tell_shifts(options, answers)
+        tell_shifts(options, answers, bounds)
         return
     (way,) = ways
-    tell(options, items, {name: by_way[way] for name, by_way in answers.items()}, losses)
+    tell(options, items, {name: by_way[way] for name, by_way in answers.items()}, losses, bounds)
 
 
 if __name__ == "__main__":

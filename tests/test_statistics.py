@@ -379,7 +379,7 @@ def test_the_gallery_has_the_longest_and_lengths_of_scored_outputs(tmp_path, mon
 
 def test_outputs_come_in_the_order_of_the_prompts(monkeypatch):
     monkeypatch.setattr(generation, "rendered", lambda processor, prompt, options: prompt)
-    said = lambda model, processor, texts, images, **options: [f"{text}, {len(shown)}" for text, shown in zip(texts, images, strict=True)]  # fmt: skip  # noqa: E731
+    said = lambda model, processor, texts, images, **options: [generation.Completion(f"{text}, {len(shown)}", False) for text, shown in zip(texts, images, strict=True)]  # fmt: skip  # noqa: E731
     monkeypatch.setattr(generation, "complete", said)
     prompts, images = ["cccc", "a", "bbb", "dd", "e"], [[1], [], [1, 1], [1], []]
     made = generation.generate_texts(None, None, prompts, images, batch_size=2)

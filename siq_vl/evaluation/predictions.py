@@ -53,6 +53,7 @@ class Prediction:
         rouge_l: of the rationale against a reference rationale, where there is one.
         fault: one of this module's kinds, or the empty string.
         detail: what exactly happened.
+        cut_off: whether the bound on new tokens ended the output.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Prediction:
     rouge_l: float | None = None
     fault: str = ""
     detail: str = ""
+    cut_off: bool = False
 
     def __post_init__(self) -> None:
         if self.score is None:
@@ -117,7 +119,7 @@ def predict(
     return [judge(item, output) for item, output in zip(items, outputs, strict=True)]
 
 
-def judge(item: Item, output: str, fault: str = "", detail: str = "") -> Prediction:
+def judge(item: Item, output: str, fault: str = "", detail: str = "", *, cut_off: bool = False) -> Prediction:
     """Return an output as a prediction; an empty one and a missing gold answer are faults of their own.
 
     Raises:
@@ -166,6 +168,7 @@ def judge(item: Item, output: str, fault: str = "", detail: str = "") -> Predict
         rouge_l=rouge_l,
         fault=fault,
         detail=detail,
+        cut_off=cut_off,
     )
 
 

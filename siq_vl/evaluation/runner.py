@@ -207,6 +207,9 @@ def _run(
             file.unlink()
     state.wait_for_everyone()
     predictions = read_predictions(path)
+    note = cut_off_note(path.stem, predictions, record["max_new_tokens"])
+    if note and state.is_main_process:
+        logger.warning(note)
     if predictions and all(prediction.fault == MODEL for prediction in predictions):
         raise ValueError(f"the model failed at every question; the first time: {predictions[0].detail}")
     return predictions
@@ -246,7 +249,7 @@ def _read_answered(path: Path, items: Sequence[Item], *, failed_too: bool = Fals
         if prediction is None or prediction.question != item.question:
             continue
         if prediction.fault not in (ROW, IMAGE, MODEL):
-            answered[item.id] = judge(item, prediction.output)
+            answered[item.id] = judge(item, prediction.output, cut_off=prediction.cut_off)
         elif failed_too:
             answered[item.id] = prediction
     return answered
@@ -314,7 +317,7 @@ class _Questioner:
             return []
         items, prompts, images = zip(*questions, strict=True)
         try:
-            outputs = complete(
+            completions = complete(
                 self.model,
                 self.processor,
                 prompts,
@@ -333,7 +336,10 @@ class _Questioner:
             for question in questions:
                 predictions += self._answer([question])
             return predictions
-        return [judge(item, output) for item, output in zip(items, outputs, strict=True)]
+        predictions = []
+        for item, completion in zip(items, completions, strict=True):
+            predictions.append(judge(item, completion.text, cut_off=completion.cut_off))
+        return predictions
 
 
 def _one_line(error: Exception) -> str:
@@ -353,6 +359,18 @@ def fault_report(answers: Mapping[str, Sequence[Prediction]], named: int = 5) ->
             consequence = "left out of the scores" if kind in NOT_SCORED else "counted as wrong"
             lines.append(f"{model}: {kind}: {count} of {len(predictions)}, {consequence}: {names}")
     return "\n".join(lines)
+
+
+def cut_off_note(model: str, predictions: Sequence[Prediction], max_new_tokens: int) -> str:
+    """Return a line that counts the answers that the bound on new tokens ended; empty where it ended none."""
+    count = sum(prediction.cut_off for prediction in predictions)
+    if not count:
+        return ""
+    unread = sum(prediction.cut_off and not prediction.answer for prediction in predictions)
+    return (
+        f"{model}: {count} of {len(predictions)} answers were cut off at {max_new_tokens} tokens, {unread} of them before "
+        f"an answer, which counts as wrong: pass --max_new_tokens {2 * max_new_tokens}"
+    )
 
 
 def same_questions(

@@ -235,6 +235,7 @@ def _value(word: str, role: str, known: Sequence[str]) -> str | None:
         if not word.isdecimal():
             return None
         return str(int(word))
+    forms: tuple[str, ...]
     if role in _CASED:
         forms = (_FULL_MONTHS.get(word, word),)
     else:

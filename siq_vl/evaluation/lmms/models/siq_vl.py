@@ -8,12 +8,10 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from siq_vl.data.conversations import with_markers
-from siq_vl.evaluation.generation import batches_by_length, complete, rendered
+from siq_vl.evaluation.generation import batches_by_length, complete, fitting_new_tokens, rendered
 from siq_vl.evaluation.runner import load_any
 from siq_vl.parsing.answers import parse
 from siq_vl.processing_siq_vl import to_rgb
-
-MAX_NEW_TOKENS = 1024  # where the task sets no bound; a rationale comes before the answer
 
 
 class SiQVL(lmms):
@@ -22,7 +20,8 @@ class SiQVL(lmms):
     Args:
         pretrained: folder or Hub id of the checkpoint.
         batch_size: requests answered together; it changes no answer.
-        max_new_tokens: least bound on an output; tasks bound the answer alone, and here a rationale comes before it.
+        max_new_tokens: least bound on an output; tasks bound the answer alone, and here a rationale comes before it. By
+            default what fits the checkpoint.
         keep_rationale: give the harness the whole output rather than the answer in it.
         enable_thinking: False asks for answers without reasoning.
         trust_remote_code: run the code that the checkpoint carries.
@@ -38,7 +37,7 @@ class SiQVL(lmms):
         self,
         pretrained: str,
         batch_size: int | str = 1,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         keep_rationale: bool = False,
         enable_thinking: bool = True,
         trust_remote_code: bool = False,
@@ -54,7 +53,9 @@ class SiQVL(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._model, self.processor = load_any(pretrained, trust_remote_code=trust_remote_code)
-        self.batch_size, self.max_new_tokens, self.keep_rationale = int(batch_size), max_new_tokens, keep_rationale
+        self.batch_size = int(batch_size)
+        self.max_new_tokens = fitting_new_tokens(pretrained) if max_new_tokens is None else max_new_tokens
+        self.keep_rationale = keep_rationale
         self.template_options = {} if enable_thinking else {"enable_thinking": False}
 
     @property
@@ -93,7 +94,7 @@ class SiQVL(lmms):
                 )
                 for index, output in zip(batch, outputs, strict=True):
                     place = places[index]
-                    answers[place] = self._answer(output, requests[place].args[1].get("until"))
+                    answers[place] = self._answer(output.text, requests[place].args[1].get("until"))
         return answers
 
     def _asked(self, request: Instance) -> tuple[list[dict], list[Image.Image]]:
