@@ -45,7 +45,7 @@ from siq_vl.evaluation.runner import (
     same_questions,
 )
 from siq_vl.evaluation.shifts import CLEAN, SHIFTS, shift_table, shifted
-from siq_vl.evaluation.summaries import before_after
+from siq_vl.evaluation.summaries import before_after, change_table, without_picture_line
 from siq_vl.evaluation.tables import accuracy_table, caption_table, comparison_line, ordinary
 from siq_vl.hub import write_card
 from siq_vl.processing_siq_vl import SiQVLProcessor
@@ -182,14 +182,28 @@ def tell(
     if options.before_after:
         compared = {name: ordinary(predictions) for name, predictions in answers.items()}
         tables["Before and after"] = before_after(compared, losses)
-        print(f"\n{tables['Before and after']}")
+        if len(compared) > 1:
+            tables["What has changed"] = changes(options, compared)
+        for table in tables.values():
+            print(f"\n{table}")
     if options.card:
         folder = Path(list(options.model.values())[-1])
-        write_card(folder, before_after=tables["Before and after"])
+        write_card(folder, before_after="\n\n".join(tables.values()))
         print(f"\nmodel card: {folder / 'README.md'}")
     if options.report is not None:
         write_report(options.report, items, answers, tables, notes=notes)
         print(f"\npage: {options.report}")
+
+
+def changes(options: argparse.Namespace, answers: Mapping[str, Sequence[Prediction]]) -> str:
+    """Return what has changed from the first model to the last, and what a blind one among them says of the last."""
+    first, *_, last = answers
+    parts = [change_table(*same_questions(answers[first], answers[last]))]
+    for name in options.blind:
+        if name != last:
+            shared = same_questions(answers[last], answers[name])
+            parts.append(without_picture_line(f"{last} beside {name}", *shared))
+    return "\n\n".join(parts)
 
 
 def tell_shifts(

@@ -2,7 +2,7 @@
 `evaluate.load("metrics/rationales", "cot_length")`, from the repo's root and offline: how whole outputs reason.
 
 The configurations are `cot_length`, `format_rate`, `mixed_language`, `repetition` and `structure_score`, and against a
-reference text `rouge_l` and `step_score`.
+reference text `rouge_l` and `step_score`, against the question `ignored_instruction`.
 """
 
 import datasets
@@ -13,6 +13,7 @@ from siq_vl.evaluation.metrics import METRICS
 CITATIONS = {
     "cot_length": "",
     "format_rate": "DeepSeek-AI 2025, DeepSeek-R1",
+    "ignored_instruction": "",
     "mixed_language": "",
     "repetition": "Welleck et al. 2020, Neural Text Generation with Unlikelihood Training, ICLR",
     "rouge_l": "Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries",
@@ -22,12 +23,13 @@ CITATIONS = {
 _INPUTS = """
 Args:
     predictions: whole outputs, one a sample; of `rouge_l` any texts.
-    references: of `rouge_l` and `step_score` alone, a reference text or rationale for each.
+    references: of `rouge_l` and `step_score`, a reference text or rationale for each; of `ignored_instruction`, the question.
     unit: of `cot_length`, `pieces` (default: words, numbers and punctuation marks), `words` or `characters`.
     language: of `mixed_language`, code of the wanted language (default en).
 Returns:
     `cot_length`: `mean`, `std`, `min`, `p10`, `median`, `p90`, `max`, `without` (share of outputs without a rationale);
     `format_rate`: `format_rate`;
+    `ignored_instruction`: `ignored_instruction_rate` and its three parts, `kind`, `long`, `described`;
     `mixed_language`: `mixed_language_rate`;
     `repetition`: `loop_rate`, `rep_4`;
     `rouge_l`: `rouge_l` (F1), `precision`, `recall`;

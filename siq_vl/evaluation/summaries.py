@@ -29,6 +29,7 @@ class Summary:
         well_formed: share of outputs in the format of stage 3.
         unparseable: share of outputs without a readable answer.
         loops: share of outputs that repeat themselves in a loop.
+        ignored_instruction: share of outputs that answer another question than the one asked.
         mixed_language: share of outputs with another language in them.
     """
 
@@ -44,6 +45,7 @@ class Summary:
     well_formed: float
     unparseable: float
     loops: float
+    ignored_instruction: float
     mixed_language: float
 
 
@@ -60,6 +62,7 @@ def summarize(predictions: Sequence[Prediction]) -> Summary:
     outputs = [prediction.output for prediction in counted]
     references = [prediction.rouge_l for prediction in counted if prediction.rouge_l is not None]
     running = METRICS["running_accuracy"].compute(scores)
+    instructions = METRICS["ignored_instruction"].compute(outputs, [prediction.question for prediction in counted])
     # Facts can be checked where the true ones are known, and the share of wrong ones is defined where any is stated.
     known = [prediction for prediction in counted if prediction.stated is not None]
     stated = sum(prediction.stated for prediction in known)
@@ -77,6 +80,7 @@ def summarize(predictions: Sequence[Prediction]) -> Summary:
         well_formed=_mean([prediction.well_formed for prediction in counted]),
         unparseable=_mean([prediction.unparseable for prediction in counted]),
         loops=METRICS["repetition"].compute(outputs)["loop_rate"],
+        ignored_instruction=instructions["ignored_instruction_rate"],
         mixed_language=METRICS["mixed_language"].compute(outputs)["mixed_language_rate"],
     )
 
@@ -112,6 +116,7 @@ def _table3_cells(summary: Summary) -> dict[str, str]:
         "format, percent": f"{100 * summary.well_formed:.1f}",
         "unparseable answers, percent": f"{100 * summary.unparseable:.1f}",
         "repetition loops, percent": f"{100 * summary.loops:.1f}",
+        "ignored instructions, percent": f"{100 * summary.ignored_instruction:.1f}",
         "mixed language, percent": f"{100 * summary.mixed_language:.1f}",
     }
 
@@ -165,6 +170,61 @@ def _before_after_values(
         "- of the gold answer without tags or rationale": (_mean(answer_losses), 3),
         "correct rate": (_mean(correct), 4),
     }
+
+
+def change_table(before: Sequence[Prediction], after: Sequence[Prediction]) -> str:
+    """Return what has become of a baseline's answers, and of the length of its rationales: a row a pattern of change.
+
+    Section A.5.4 of the report tells such patterns of 20 cases. The length is in words, numbers and punctuation marks.
+
+    Args:
+        before: the baseline's predictions.
+        after: the student's, of the same questions in the same order.
+    """
+    names = {True: "right", False: "wrong"}
+    # By what the answers were: how much longer each rationale has become.
+    growths: dict[str, list[int]] = {}
+    for was_right in (True, False):
+        for is_right in (True, False):
+            growths[f"{names[was_right]} -> {names[is_right]}"] = []
+    growths["all"] = []
+    for first, second in zip(before, after, strict=True):
+        growth = second.length - first.length
+        growths[f"{names[first.correct]} -> {names[second.correct]}"].append(growth)
+        growths["all"].append(growth)
+    lines = [["answer", "questions", "rationale shorter", "as long", "longer", "by, on average"]]
+    for pattern, grown in growths.items():
+        shorter = sum(growth < 0 for growth in grown)
+        longer = sum(growth > 0 for growth in grown)
+        mean = _mean(grown)
+        cells = [str(count) for count in (len(grown), shorter, len(grown) - shorter - longer, longer)]
+        lines.append([pattern, *cells, "-" if mean is None else f"{mean:+.1f}"])
+    return markdown(lines)
+
+
+def without_picture_line(name: str, predictions: Sequence[Prediction], blind: Sequence[Prediction]) -> str:
+    """Return one line: how many answers a model that is shown no picture gives right as well.
+
+    Section A.5.4 of the report names two patterns of its text-only student: right answers that follow from what usually
+    goes together, and wrong ones where only the picture could have told.
+
+    Args:
+        name: what both are, for instance `"student beside blind"`.
+        predictions: the model's.
+        blind: those of one that saw no picture, of the same questions in the same order.
+    """
+    right = wrong = right_without = wrong_without = 0
+    for seen, unseen in zip(predictions, blind, strict=True):
+        if seen.correct:
+            right += 1
+            right_without += unseen.correct
+        else:
+            wrong += 1
+            wrong_without += not unseen.correct
+    return (
+        f"{name}: {right_without} of {right} right answers are given without the picture too, and {wrong_without} of "
+        f"{wrong} wrong ones are wrong without it as well"
+    )
 
 
 def _percent(share: float | None) -> float | None:

@@ -25,6 +25,7 @@ from siq_vl.evaluation.metrics.matching import (
 from siq_vl.evaluation.metrics.reasoning import (
     cot_length,
     format_rate,
+    ignored_instruction,
     mixed_language,
     repetition,
     rouge_l,
@@ -45,6 +46,7 @@ __all__ = [
     "exact_match",
     "format_rate",
     "hallucination",
+    "ignored_instruction",
     "mixed_language",
     "multiple_choice",
     "pope",

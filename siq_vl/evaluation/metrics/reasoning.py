@@ -21,6 +21,28 @@ _QUANTILES = {"min": 0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1}
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _CLAUSE_END = re.compile(r"(?<=[.!?;,])\s+|\n+")
+# What a question asks for.
+_LETTER_ASKED = re.compile(
+    r"\b(?:option's letter|letter (?:of|from) the|(?:answer|reply|respond) with (?:the|a) letter)", re.I
+)
+_YES_NO_ASKED = re.compile(r"\b(?:answer|reply|respond)\b[^.?!\n]{0,30}\byes\b['\"]? or ['\"]?no\b", re.I)
+_YES_NO_QUESTION = re.compile(
+    r"(?:is|are|was|were|do|does|did|has|have|had|should|(?:can|could|will|would)(?! you))\b", re.I
+)
+_OPTION = re.compile(r"(?:^|\s)\(?[A-Ha-h][).:]\s")
+_NUMBER_ASKED = re.compile(r"\bhow many\b|\bwhat is the (?:sum|difference|total|product|average|number of)\b", re.I)
+_SHORT_ASKED = re.compile(r"\b(?:single|one) word\b|\b(?:word|short) (?:or short )?phrase\b|\bword or phrase\b", re.I)
+_DESCRIPTION_ASKED = re.compile(
+    r"\b(?:describe|description|caption|summari[sz]e|explain|what (?:do you see|can be seen|is (?:shown|in|on)\b|does .{1,30} show))",
+    re.I,
+)
+# How a caption begins, in English at large and of drawn figures.
+_DESCRIPTION = re.compile(
+    r"(?:in )?(?:the|this|an?) (?:image|picture|photo|photograph|figure|chart|scene|drawing|plot)s?,? "
+    r"(?:shows?|depicts?|features?|contains?|presents?|displays?|captures?|illustrates?|is of|of|we see|you see|there (?:is|are))"
+    r"\b|(?:scene|columns|rows|axis|receipt|sign|plate):",
+    re.I,
+)
 # What a step says that concludes in a yes or no: it compares, or denies.
 _VERDICT = re.compile(
     r"[<>≤≥=]|\b(?:same|different|odd|even|more|less|fewer|higher|lower|yes|no|not|is|are|does)\b", re.IGNORECASE
@@ -228,6 +250,45 @@ def mixed_language(output: str, language: str = "en", known: str = "") -> Row:
     for tag in TAGS:
         text = text.replace(tag, " ")
     return {"score": float(other_language(text, language, known))}
+
+
+def ignored_instruction(output: str, question: str) -> Row:
+    """Whether an output ignores what the question asks for. This project's own; it reads English.
+
+    `kind`: a yes or no, a number or an option's letter is asked for, and the answer says none. `long`: a word or a short
+    phrase is asked for in so many words, and the answer has more than five words. `described`: the answer describes the
+    picture, as a model does that was taught captions alone, and no description is asked for. The score is 1 if any of
+    them holds. An output without an answer ignores nothing here: it is unparseable, which is counted apart.
+
+    Args:
+        output: the whole output.
+        question: what was asked, with its instruction.
+    """
+    answer = read(output).answer
+    row = dict.fromkeys(("kind", "long", "described"), 0.0)
+    if answer:
+        kind = _kind_asked_for(question)
+        row["kind"] = float(not read(answer, kind=kind).parseable)
+        row["long"] = float(bool(_SHORT_ASKED.search(question)) and len(answer.split()) > 5)
+        row["described"] = float(bool(_DESCRIPTION.match(answer)) and not _DESCRIPTION_ASKED.search(question))
+    return {"score": max(row.values()), **row}
+
+
+def _kind_asked_for(question: str) -> str:
+    """Return the kind of answer, one of `answers.KINDS`, that a question asks for; "open" where it does not say."""
+    if _LETTER_ASKED.search(question):
+        return "choice"
+    if _YES_NO_ASKED.search(question):
+        return "yes_no"
+    if len(_OPTION.findall(question)) > 1:  # a letter or its text
+        return "open"
+    # Which of two, "Is it red or blue?", is no question of yes or no.
+    sentence = re.split(r"(?<=[.!?])\s+|\n", question.strip().partition("?")[0])[-1]
+    if "?" in question and _YES_NO_QUESTION.match(sentence) and not re.search(r"\bor\b", sentence):
+        return "yes_no"
+    if _NUMBER_ASKED.search(question):
+        return "number"
+    return "open"
 
 
 def correctness(score: float) -> Row:

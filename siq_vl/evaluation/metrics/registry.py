@@ -117,6 +117,9 @@ METRICS: Mapping[str, Metric] = {
     "structure_score": Metric(reasoning.structure_score, _means("structure_score"), "structure_score"),
     "step_score": Metric(reasoning.step_score, _means("step_score"), "step_score", "text"),
     "repetition": Metric(reasoning.repetition, _means("loop_rate"), "loop_rate"),
+    "ignored_instruction": Metric(
+        reasoning.ignored_instruction, _means("ignored_instruction_rate"), "ignored_instruction_rate", "text"
+    ),
     "mixed_language": Metric(reasoning.mixed_language, _means("mixed_language_rate"), "mixed_language_rate"),
     "running_accuracy": Metric(reasoning.correctness, reasoning.running_accuracy, "stability"),
 }
