@@ -46,7 +46,7 @@ from siq_vl.evaluation.runner import (
 )
 from siq_vl.evaluation.shifts import CLEAN, SHIFTS, shift_table, shifted
 from siq_vl.evaluation.summaries import before_after, change_table, without_picture_line
-from siq_vl.evaluation.tables import accuracy_table, caption_table, comparison_line, ordinary
+from siq_vl.evaluation.tables import accuracy_table, caption_table, comparison_line, ordinary, yes_no_table
 from siq_vl.hub import write_card
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.results import checksum_of_weights, write_results
@@ -177,15 +177,17 @@ def tell(
     accuracies = accuracy_table(answers)
     print(f"\n{accuracies}")
     print("".join(f"\n{note}" for note in notes))
-    keep_results(options, {"accuracy": accuracies}, answers, bounds)
     tables = {}
+    if items and all(item.metric == "yes_no" for item in items):
+        tables["Yes or no"] = yes_no_table(answers)
+    keep_results(options, {"accuracy": accuracies, **tables}, answers, bounds)
     if options.before_after:
         compared = {name: ordinary(predictions) for name, predictions in answers.items()}
         tables["Before and after"] = before_after(compared, losses)
         if len(compared) > 1:
             tables["What has changed"] = changes(options, compared)
-        for table in tables.values():
-            print(f"\n{table}")
+    for table in tables.values():
+        print(f"\n{table}")
     if options.card:
         folder = Path(list(options.model.values())[-1])
         write_card(folder, before_after="\n\n".join(tables.values()))

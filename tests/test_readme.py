@@ -177,6 +177,17 @@ HOW = {
     ),
     "python evaluate_vqa.py --model baseline=outputs/tiny/stage2 --model student=outputs/tiny/stage3 --before_after "
     "--card": Run("--count 10 --max_new_tokens 8", says="correct rate"),
+    **dict.fromkeys(
+        (
+            "python -m siq_vl.evaluation.coco pope instances_val2014.json pope.jsonl --negatives adversarial",
+            "python evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source pope.jsonl --image_folder val2014 "
+            "--metric yes_no",
+            "python -m siq_vl.evaluation.coco chair instances_val2014.json chair.jsonl --captions captions_val2014.json",
+            "python evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source chair.jsonl --image_folder val2014",
+            "python -m siq_vl.evaluation.coco score chair.jsonl outputs/evaluation/stage3.jsonl",
+        ),
+        Elsewhere("tests/test_coco.py"),
+    ),
     "python ablate.py": Run(
         "--only structured --seeds 1 --steps 2 --count 30 --output outputs/short", says="structured"
     ),

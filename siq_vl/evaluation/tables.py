@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from siq_vl.evaluation.metrics import METRICS
 from siq_vl.evaluation.predictions import Prediction
 from siq_vl.evaluation.statistics import mcnemar, paired_bootstrap, paired_difference, wilson
 
@@ -160,6 +161,22 @@ def comparison_line(name: str, before: Sequence[Prediction], after: Sequence[Pre
         f"{name}: {100 * mean:+.1f} points, 95% interval [{100 * low:+.1f}, {100 * high:+.1f}] (paired bootstrap, "
         f"{len(before)} questions); {won} wrong -> right, {lost} right -> wrong, McNemar's exact p = {p_value:.2g}"
     )
+
+
+def yes_no_table(predictions: PredictionsOfModels) -> str:
+    """Return POPE's numbers of answers to yes-or-no questions, in percent, a row a model."""
+    lines = [["yes or no", "n", "accuracy", "precision", "recall", "F1", "yes", "neither"]]
+    for name, of_model in predictions.items():
+        counted = [prediction for prediction in of_model if prediction.scored]
+        if not counted:
+            continue
+        answers = ["" if prediction.unparseable else prediction.answer for prediction in counted]
+        found = METRICS["pope"].compute(answers, [[prediction.gold] for prediction in counted])
+        line = [name, str(len(counted))]
+        for share in ("accuracy", "precision", "recall", "f1", "yes_rate", "unparseable"):
+            line.append(f"{100 * found[share]:.1f}")
+        lines.append(line)
+    return markdown(lines)
 
 
 def caption_table(scores: Mapping[str, Mapping[str, float]], count: int) -> str:

@@ -13,7 +13,7 @@ Answers are parsed before (`siq_vl.parsing.answers.read`); an empty prediction i
 reported apart. A sample without a gold answer raises a `ValueError` that names it; `without_gold` finds them before.
 """
 
-from siq_vl.evaluation.metrics.facts import chair, drawn_vocabulary, hallucination
+from siq_vl.evaluation.metrics.facts import chair, drawn_vocabulary, hallucination, object_mentions
 from siq_vl.evaluation.metrics.matching import (
     anls,
     exact_match,
@@ -49,6 +49,7 @@ __all__ = [
     "ignored_instruction",
     "mixed_language",
     "multiple_choice",
+    "object_mentions",
     "pope",
     "relaxed_accuracy",
     "repetition",

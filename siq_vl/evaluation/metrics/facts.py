@@ -147,21 +147,23 @@ def chair(caption: str, objects: Sequence[str], vocabulary: Mapping[str, Sequenc
     """
     if vocabulary is None:
         vocabulary = drawn_vocabulary()
-    # What a name and its synonyms are called in the singular, and the longest of them in words.
-    name_of = {}
-    longest = 1
-    for name, synonyms in vocabulary.items():
-        for known in (name, *synonyms):
-            words = _singulars(known)
-            name_of[" ".join(words)] = name
-            longest = max(longest, len(words))
+    name_of = _names_by_words(vocabulary)
     shown = set()
     for given in objects:
         name = name_of.get(" ".join(_singulars(given)))
         if name is None:
             raise ValueError(f"object is {given!r}, which the vocabulary lacks; add it, with its synonyms")
         shown.add(name)
-    words = _singulars(caption)
+    mentions = object_mentions(caption, vocabulary)
+    absent = [name for name in mentions if name not in shown]
+    return {"mentioned": float(len(mentions)), "absent": float(len(absent))}
+
+
+def object_mentions(text: str, vocabulary: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the objects that a text mentions, by name, each as often as it does; words are looked up as `chair` says."""
+    name_of = _names_by_words(vocabulary)
+    longest = max((len(known.split()) for known in name_of), default=1)
+    words = _singulars(text)
     mentions = []
     place = 0
     while place < len(words):
@@ -172,8 +174,16 @@ def chair(caption: str, objects: Sequence[str], vocabulary: Mapping[str, Sequenc
                 break
         # Past the name, or past one word that begins none: the loop ends with a length of 1.
         place += length
-    absent = [name for name in mentions if name not in shown]
-    return {"mentioned": float(len(mentions)), "absent": float(len(absent))}
+    return mentions
+
+
+def _names_by_words(vocabulary: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the name of each object by every way of saying it, in the singular."""
+    names = {}
+    for name, synonyms in vocabulary.items():
+        for known in (name, *synonyms):
+            names[" ".join(_singulars(known))] = name
+    return names
 
 
 def chair_rates(rows: Sequence[Row]) -> Row:
