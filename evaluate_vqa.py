@@ -279,7 +279,7 @@ def main() -> None:
         answers[name] = {}
         bounds[name] = settings.max_new_tokens
         for way, asked in ways.items():
-            identity = {"checkpoint": fingerprint(checkpoint)}
+            identity: dict[str, object] = {"checkpoint": fingerprint(checkpoint)}
             if way != CLEAN:
                 identity[way] = True
             file, progress = options.output / f"{name}.jsonl", name

@@ -2,8 +2,10 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import evaluate_vqa
 from siq_vl.data.sources import Source, SourceConfig
@@ -46,14 +48,18 @@ def captions() -> dict:
     return {"images": instances()["images"], "annotations": annotations}
 
 
-@pytest.fixture
-def folder(tmp_path, make_image, monkeypatch):
-    (tmp_path / "instances.json").write_text(json.dumps(instances()))
-    (tmp_path / "captions.json").write_text(json.dumps(captions()))
-    (tmp_path / "synonyms.txt").write_text("man, people, person\n\ntable, dining table\n")
-    (tmp_path / "pictures").mkdir()
+def write_miniature(folder: Path, instances_file: str, captions_file: str, pictures: str) -> None:
+    (folder / instances_file).write_text(json.dumps(instances()))
+    (folder / captions_file).write_text(json.dumps(captions()))
+    (folder / pictures).mkdir()
     for place, file in enumerate(OBJECTS):
-        make_image(place).save(tmp_path / "pictures" / file)
+        Image.new("RGB", (96, 96), (30 * place, 99, 99)).save(folder / pictures / file)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    write_miniature(tmp_path, "instances.json", "captions.json", "pictures")
+    (tmp_path / "synonyms.txt").write_text("man, people, person\n\ntable, dining table\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -112,18 +112,18 @@ def pope_rows(
 
     rows = []
     for file in rng.sample(usable, min(count, len(usable))):
-        shown = sorted(objects[file])
+        present = sorted(objects[file])
         absent = [name for name in names if name not in objects[file]]
         rng.shuffle(absent)  # of those that are equally common, too, some are picked at random
         if negatives == "popular":
             absent.sort(key=lambda name: -pictures_with[name])
         elif negatives == "adversarial":
-            beside = Counter()
+            beside: Counter[str] = Counter()
             for name in absent:
-                for other in shown:
+                for other in present:
                     beside[name] += pictures_with_both[name, other]
             absent.sort(key=lambda name: -beside[name])
-        for there, not_there in zip(rng.sample(shown, _QUESTIONS), absent, strict=False):
+        for there, not_there in zip(rng.sample(present, _QUESTIONS), absent, strict=False):
             for name, answer in ((there, "yes"), (not_there, "no")):
                 article = "an" if name[0] in "aeiou" else "a"
                 question = f"Is there {article} {name} in the image?"

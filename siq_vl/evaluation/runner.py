@@ -207,7 +207,7 @@ def _run(
             file.unlink()
     state.wait_for_everyone()
     predictions = read_predictions(path)
-    note = cut_off_note(path.stem, predictions, record["max_new_tokens"])
+    note = cut_off_note(path.stem, predictions, settings.max_new_tokens)
     if note and state.is_main_process:
         logger.warning(note)
     if predictions and all(prediction.fault == MODEL for prediction in predictions):
