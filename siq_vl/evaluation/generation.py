@@ -99,8 +99,10 @@ def rendered(processor: ProcessorMixin, prompt: Sequence[Mapping], options: Mapp
 
 def batches_by_length(texts: Sequence[str], images: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Yield the places of rows that are generated together: like in number of images, then in length, shortest first."""
+    # A batch is padded to its longest row, and pictures cost more tokens than words.
     order = sorted(range(len(texts)), key=lambda place: (images[place], len(texts[place]), place))
-    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def complete(
@@ -133,6 +135,7 @@ def complete(
         add_special_tokens=start is not None and not texts[0].startswith(start),
         return_tensors="pt",
     ).to(model.device, model.dtype)
+    # Padding is on the left, so that all outputs begin at one place.
     length = inputs["input_ids"].shape[1]
     bounds = LogitsProcessorList()
     if max_thinking_tokens is not None:  # any model's generate takes it in this form

@@ -46,6 +46,7 @@ def described(item: Item) -> Item:
 
 def majority_answers(per_domain: int = 3000) -> dict[tuple[str, str], str]:
     """Return the commonest training answer by (domain, question type): the baseline that sees neither picture nor words."""
+    # A seed of its own: neither the rows that train nor those that are asked.
     counts: dict[tuple[str, str], Counter] = defaultdict(Counter)
     for domain in DOMAINS:
         for index in range(per_domain):

@@ -76,8 +76,9 @@ class Item:
         Raises:
             Dropped: one of them is missing or damaged.
         """
-        if self.source is None:
+        if self.source is None:  # they are at hand, as drawn ones are
             return [_decoded(image, self.id) for image in self.images]
+        # As training reads them; a picture that cannot be read is the caller's to count, so any share may be bad.
         preprocessor = Preprocessor(DropLog(1.0))
         return [preprocessor.image(image, self.source) for image in self.images]
 
@@ -172,6 +173,7 @@ def _items(source: Source, number: int, row: Mapping | None, metric: str | None)
 
 def _golds(columns: Mapping, answer: str, answers: int) -> tuple[str, ...]:
     """Return every gold answer of a row: those of all annotators, where it holds them, else the one that trains."""
+    # Annotators answer one question; in a conversation it is not told which.
     several = columns.get("answers")
     if answers == 1 and isinstance(several, (list, tuple)) and all(isinstance(gold, str) for gold in several):
         return tuple(gold for gold in several if gold.strip())

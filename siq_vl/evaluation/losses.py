@@ -37,6 +37,7 @@ def reference_losses(
         batch_size: questions read together.
         progress: what the progress bar says; no bar by default.
     """
+    # The collator of training: the same tokens count, and the same end of turn.
     collate = ConversationCollator(processor)
     usable = []
     for item in items:
@@ -51,7 +52,7 @@ def reference_losses(
             try:
                 images = [] if blind else item.open_images()
             except Dropped:
-                continue
+                continue  # counted where the question is asked
             reference = reasoned(item.reasoning, item.answer) if traces else item.answer
             options = {**item.template_options, **(template_options or {})}
             turns = {"prompt": item.prompt(blind), "completion": assistant_turn(reference)}

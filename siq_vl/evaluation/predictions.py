@@ -129,6 +129,7 @@ def judge(item: Item, output: str, fault: str = "", detail: str = "", *, cut_off
         raise ValueError(f"metric is {item.metric!r}; it must be one of {', '.join(ANSWER_METRICS)}")
     found: Parsed | Reading
     if item.metric == "words":
+        # Drawn figures have one right wording: the answer is taken as it stands.
         found = parse(output)
         parseable = bool(found.answer)
     else:
@@ -193,6 +194,7 @@ def _score(item: Item, answer: str) -> float:
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
     """Write predictions as JSON lines, all or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A reader finds the old file or the new one, never half of it.
     temporary = path.with_suffix(".tmp")
     temporary.write_text(_lines(predictions), encoding="utf-8")
     os.replace(temporary, path)
@@ -237,7 +239,7 @@ def read_unfinished(path: Path) -> dict[str, Prediction]:
         try:
             prediction = Prediction(**json.loads(line))
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
-            continue
+            continue  # half a line of a killed process, or a prediction of another version: asked again
         found[prediction.id] = prediction
     return found
 

@@ -115,6 +115,7 @@ def fingerprint(checkpoint: str) -> str:
     folder = Path(checkpoint)
     if not folder.is_dir():
         return checkpoint
+    # What answers depend on; logs, cards and optimizer states may change beside it.
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".jinja") or file.name.endswith(("config.json", "tokenizer.json")):
@@ -248,6 +249,7 @@ def _read_answered(path: Path, items: Sequence[Item], *, failed_too: bool = Fals
         prediction = found.get(item.id)
         if prediction is None or prediction.question != item.question:
             continue
+        # What was said is judged again, as metrics may have changed; what failed says nothing.
         if prediction.fault not in (ROW, IMAGE, MODEL):
             answered[item.id] = judge(item, prediction.output, cut_off=prediction.cut_off)
         elif failed_too:
@@ -332,6 +334,7 @@ class _Questioner:
             logger.warning(
                 "a batch of %d questions failed and is asked one by one: %s", len(questions), _one_line(error)
             )
+            # One of them is at fault, or all together are too large for the memory.
             predictions = []
             for question in questions:
                 predictions += self._answer([question])

@@ -107,6 +107,7 @@ def shifted(items: Sequence[Item], shift: str) -> list[Item]:
         items: questions about drawn figures.
         shift: a key of `SHIFTS`.
     """
+    # The draw belongs to question and shift: neither the order of questions nor another shift changes it.
     changed = []
     for item in items:
         images = [SHIFTS[shift](image, Random(f"{item.id}/{shift}")) for image in item.open_images()]

@@ -133,6 +133,7 @@ def before_after(predictions: Mapping[str, Sequence[Prediction]], losses: Losses
     counted = 0
     for made in predictions.values():
         counted = max(counted, sum(prediction.scored for prediction in made))
+    # A model alone has changed from nothing.
     several = len(columns) > 1
     lines = [[f"{counted} questions", *predictions]]
     if several:

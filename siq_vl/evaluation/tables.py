@@ -44,13 +44,14 @@ def _accuracy_rows(predictions: Sequence[Prediction]) -> list[_Row]:
     its domains and their total.
     """
     rows = []
+    # Sources of other data know nothing of steps and groups.
     if not _is_drawn(predictions):
         for domain in dict.fromkeys(prediction.domain for prediction in predictions):
             rows.append(_Row(domain, domain=domain))
         if len(rows) > 1:
             rows.append(_Row("all"))
         return rows
-    for domain in (*_DOMAINS, None):
+    for domain in (*_DOMAINS, None):  # None: all of them
         rows.append(_Row(domain or "all", "held out", domain))
         rows.append(_Row("- single-step", "held out", domain, multi_step=False))
         rows.append(_Row("- multi-step", "held out", domain, multi_step=True))
@@ -119,6 +120,7 @@ def _table(predictions: PredictionsOfModels, rows: Sequence[_Row], cell: Callabl
         most = 0
         for of_model in predictions.values():
             counted = [prediction for prediction in of_model if prediction.scored and row.counts(prediction)]
+            # Models differ in their number of questions only where one could not read a picture.
             most = max(most, len(counted))
             cells.append(cell(counted))
         if most:
@@ -143,6 +145,7 @@ def _cell_with_ends(predictions: Sequence[Prediction]) -> str:
 
 def _accuracy(predictions: Sequence[Prediction]) -> tuple[float, float, float]:
     """Return the mean score and both ends of its interval."""
+    # Scores, not truth values: some metrics give part marks.
     total = sum(prediction.score for prediction in predictions)
     return total / len(predictions), *wilson(total, len(predictions))
 

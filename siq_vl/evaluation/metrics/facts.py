@@ -75,12 +75,14 @@ def hallucination(output: str, caption: str) -> Row:
     kind, facts = _facts(caption)
     row = dict.fromkeys(("stated", "contradicted", "unread", "mentioned", "absent"), 0.0)
     for clause in _clauses(output):
+        # A caption opens with the kind of its figure, which is a statement too.
         claimed, clause = _claimed_kind(clause)
         if claimed:
             row["stated"] += 1
             row["contradicted"] += claimed != kind
         said = _said(clause, kind)
         things = [pair for pair in said if pair[0] != _NUMBER]
+        # Numbers alone say nothing of the picture, and what is derived from facts is no fact.
         if not things or _DERIVED.search(clause):
             continue
         denied = bool(_DENIED.search(clause))

@@ -250,6 +250,7 @@ def pope(answer: str, golds: Golds) -> Row:
 
 
 def _said_yes(answer: str) -> bool | None:
+    # The rest of the output often explains, and denies what else could be there.
     sentence = answer.strip().partition(".")[0].replace(",", "").casefold()
     words = re.findall(r"\w+", sentence)
     if "no" in words or "not" in words:
@@ -267,7 +268,7 @@ def confusion(rows: Sequence[Row]) -> Row:
             totals[name] += row[name]
     tp = totals["tp"]
     precision = recall = f1 = 0.0
-    if tp:
+    if tp:  # else all three are 0, or have no denominator
         precision = tp / (tp + totals["fp"])
         recall = tp / (tp + totals["fn"])
         f1 = 2 * precision * recall / (precision + recall)

@@ -59,6 +59,7 @@ class Metric:
             if len(column) != len(predictions):
                 raise ValueError(f"got {len(predictions)} predictions and {len(column)} {name}; give one a prediction")
         rows = []
+        # An error of one sample is worth little without its place.
         for place, (prediction, *others) in enumerate(zip(predictions, *columns.values(), strict=True)):
             try:
                 rows.append(self.score("" if prediction is None else prediction, *others, **options))
@@ -90,7 +91,7 @@ def _means(headline: str) -> Callable[[Sequence[Row]], Row]:
 
     def summarize(rows: Sequence[Row]) -> Row:
         means = {}
-        for name in rows[0]:
+        for name in rows[0]:  # all rows of a metric have the same keys
             values = [row[name] for row in rows]
             means[headline if name == "score" else name] = sum(values) / len(values)
         return means
