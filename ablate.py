@@ -77,7 +77,7 @@ def result_of(plan: Plan, name: str, out: Path) -> comparison.Result:
     arm = plan.arms[name]
     answers = {}
     for way in arm.ways:
-        answers[way] = [kept.read(out / name / way / f"{seed}.jsonl") for seed in plan.seeds_of(name)]
+        answers[way] = [kept.read_predictions(out / name / way / f"{seed}.jsonl") for seed in plan.seeds_of(name)]
     seconds = []
     if arm.is_trained:
         for checkpoint in plan.checkpoints_of(name, out).values():

@@ -20,7 +20,7 @@ from siq_vl.ablation.jobs import Job, Jobs
 from siq_vl.data.figures.dataset import sample
 from siq_vl.evaluation.emergence_figure import read_emergence
 from siq_vl.evaluation.held_out import described, held_out_items
-from siq_vl.evaluation.seeds import ratio_of_totals
+from siq_vl.evaluation.statistics import ratio_of_totals
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = REPO_ROOT / "recipes/tiny/ablations.yaml"

@@ -15,7 +15,7 @@ from siq_vl.distill.yields import StoreYield, TeacherYield
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.report import write_report
-from siq_vl.evaluation.seeds import ratio_of_totals
+from siq_vl.evaluation.statistics import ratio_of_totals
 from siq_vl.page.cards import card, empty_card
 from siq_vl.page.streaming import Output
 from siq_vl.plots import emergence_plot, learning_curve_plot, length_plot, running_accuracy_plot

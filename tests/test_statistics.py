@@ -16,11 +16,10 @@ from siq_vl.ablation.arms import Arm, Plan, jobs_of, read_plan
 from siq_vl.evaluation import generation, report, tables
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
-from siq_vl.evaluation.intervals import mcnemar, paired_bootstrap, paired_difference, wilson
 from siq_vl.evaluation.metrics import METRICS
 from siq_vl.evaluation.predictions import Prediction
-from siq_vl.evaluation.scores import before_after, summarize, table3
-from siq_vl.evaluation.seeds import Estimate, ratio_of_totals
+from siq_vl.evaluation.statistics import Estimate, mcnemar, paired_bootstrap, paired_difference, ratio_of_totals, wilson
+from siq_vl.evaluation.summaries import before_after, summarize, table3
 from siq_vl.parsing.answers import is_correct, number_in
 from siq_vl.parsing.arithmetic import false_statements
 from siq_vl.plots import COLOURS, length_plot, running_accuracy_plot
@@ -382,7 +381,7 @@ def test_the_gallery_has_the_longest_and_lengths_of_scored_outputs(tmp_path, mon
 
 def test_outputs_come_in_the_order_of_the_prompts(monkeypatch):
     monkeypatch.setattr(generation, "rendered", lambda processor, prompt, options: prompt)
-    said = lambda model, processor, texts, images, **options: [f"{text}, {len(shown)}" for text, shown in zip(texts, images, strict=True)]  # fmt: skip  # noqa: E731
+    said = lambda model, processor, texts, images, **options: [generation.Completion(f"{text}, {len(shown)}", False) for text, shown in zip(texts, images, strict=True)]  # fmt: skip  # noqa: E731
     monkeypatch.setattr(generation, "complete", said)
     prompts, images = ["cccc", "a", "bbb", "dd", "e"], [[1], [], [1, 1], [1], []]
     made = generation.generate_texts(None, None, prompts, images, batch_size=2)

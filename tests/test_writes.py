@@ -58,7 +58,7 @@ def test_files_are_whole_or_as_they_were(tmp_path, killed_before_it_is_in_place)
         (shard,) = store.shards()
         table = pq.read_table(shard)
         writers = {
-            "predictions.jsonl": lambda path, new: kept.write(after if new else before, path),
+            "predictions.jsonl": lambda path, new: kept.write_predictions(after if new else before, path),
             "text.md": lambda path, new: write_text(path, "new" if new else "old"),
             "about.json": lambda path, new: _replace(path, b"new" if new else b"old"),
             "results.json": lambda path, new: write_results(path, {}, {"text": "new" if new else "old"}),

@@ -7,7 +7,7 @@ import numpy as np
 
 from siq_vl.evaluation.metrics import METRICS
 from siq_vl.evaluation.predictions import Prediction
-from siq_vl.evaluation.seeds import Estimate, ratio_of_totals
+from siq_vl.evaluation.statistics import Estimate, ratio_of_totals
 from siq_vl.evaluation.tables import markdown, ordinary
 from siq_vl.plots import interval_plot
 
