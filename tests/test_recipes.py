@@ -26,6 +26,14 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+def files_behind(path: Path) -> list[Path]:
+    """Return a recipe's file, its base, the base of that and so on."""
+    files = [path]
+    while base := yaml.safe_load(files[-1].read_text()).get("base"):
+        files.append(files[-1].parent / base)
+    return files
+
+
 def name_of(path: Path) -> str:
     return f"{path.parent.name}-{path.stem}"
 
@@ -88,7 +96,12 @@ def test_the_reports_numbers(path):
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_what_the_report_does_not_say_is_marked(path):
     silent = ("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "seed", "bf16", "dtype")
-    lines = {line.split(":")[0]: line for line in path.read_text().splitlines() if ":" in line}
+    lines = {}
+    # What a file states wins over what its base does.
+    for file in reversed(files_behind(path)):
+        for line in file.read_text().splitlines():
+            if ":" in line:
+                lines[line.split(":")[0]] = line
     for name in silent:
         marked = "# report silent" in lines[name] or (path.stem.startswith("stage3") and "# report: " in lines[name])
         assert marked or (path.stem, name) == ("stage3-internvl-chartqa", "lr_scheduler_type"), name
