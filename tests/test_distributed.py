@@ -48,12 +48,17 @@ def draw(batch, task):
         made.append({**row(sample("train", index, seed=9), task, blind=blind), "source": "text" if blind else "pictures"})
     return {name: [each[name] for each in made] for name in made[0]}
 
-for stage, task in (("1", "caption"), ("2", "answer"), ("3", "reason")):
+# Stage 2 twice: the second time with stored features and, where the engine has them, packed rows.
+levers = ["--feature_cache", "on", "--feature_cache_dtype", "float32", "--feature_cache_dir", f"{folder}/features"]
+if not kind.startswith("zero"):
+    levers += ["--batching", "packed", "--pack_tokens", "256"]
+runs = (("1", "caption", "stage1", []), ("2", "answer", "stage2", []), ("3", "reason", "stage3", []))
+for stage, task, name, more in (*runs, ("2", "answer", "levers", levers)):
     start = [] if stage == "1" else ["--model_name_or_path", f"{folder}/stage{int(stage) - 1}"]
-    recipe = parse_recipe((stage,), ["--stage", stage, "--output_dir", f"{folder}/stage{stage}", "--max_steps", "6",
+    recipe = parse_recipe((stage,), ["--stage", stage, "--output_dir", f"{folder}/{name}", "--max_steps", "6",
         "--effective_batch_size", "2", "--per_device_train_batch_size", batch, "--logging_steps", "1", "--warmup_steps",
         "1", "--learning_rate", "2e-3", "--bf16", "false", "--dataloader_num_workers", "0", "--sample_steps", "3",
-        "--sample_count", "2", "--sample_tokens", "4", *start, *engine])
+        "--sample_count", "2", "--sample_tokens", "4", *start, *more, *engine])
     rows = Dataset.from_dict({"index": range(12)}).with_transform(lambda batch: draw(batch, task))
     model, processor = load_for_stage(recipe)
     trainer = make_trainer(recipe, model, processor, rows, list(training_rows("validation", 2, task)))
@@ -148,6 +153,15 @@ def test_two_processes_have_the_weights_of_one(folders, stage, kind):
         differences = (one[name] - two[name]).abs()
         assert differences.max() < NEAR[kind][1]
         assert differences.mean() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_features_and_packed_rows_have_the_losses_of_neither(folders, kind):
+    one, two = (log_of(folders[name] / folder) for name, folder in (("one", "stage2"), (kind, "levers")))
+    assert len(one) == len(two) == 6
+    for first, second in zip(one, two, strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], abs=NEAR[kind][0])
+        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
