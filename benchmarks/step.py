@@ -23,11 +23,12 @@ from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.utils import get_peak_flops
 
 from siq_vl.data.collation import ConversationCollator
+from siq_vl.data.mixture_config import SourceConfig
 from siq_vl.data.mixtures import build_mixture
-from siq_vl.data.sources import SourceConfig
 from siq_vl.planning.sizes import count
-from siq_vl.training.quantization import load_nf4
-from siq_vl.training.recipes import STAGES, Recipe, parse_recipe
+from siq_vl.training.arguments import STAGES
+from siq_vl.training.quantization import load_quantized
+from siq_vl.training.recipes import Recipe, parse_recipe
 from siq_vl.training.run import make_trainer
 
 GIB = 2**30
@@ -90,7 +91,7 @@ def model_of(options, recipe: Recipe, folder: Path):
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     if options.stage != "1" and options.method == "QLoRA":
         model.save_pretrained(folder / "model")
-        model = load_nf4(str(folder / "model"), recipe.adapter, dtype, dtype)
+        model = load_quantized(str(folder / "model"), recipe.model, dtype, dtype)
     model = model if options.method == "QLoRA" else model.to(dtype)
     model.model.projector.float()
     if options.attn_implementation:
@@ -119,9 +120,9 @@ def measured(options, folder: Path) -> dict[str, float | int | str | None]:
     """
     recipe = recipe_of(options, folder)
     model, processor = model_of(options, recipe, folder)
-    mixture = build_mixture(recipe.data, "answer", None, processor=processor, base=common.REPO_ROOT)
+    mixture = build_mixture(recipe.data, "answer", None, processor=processor, places=[common.REPO_ROOT])
     config = model.config
-    flops, tokens = operations(options, config, mixture.rows, ConversationCollator(processor, None), recipe.adapter)
+    flops, tokens = operations(options, config, mixture.rows, ConversationCollator(processor, None), recipe.model)
     trainer = make_trainer(recipe, model, processor, mixture.rows)
     times = StepTimes(options.device)
     trainer.add_callback(times)
