@@ -28,6 +28,7 @@ SHOWN = {
     "loader": ["pictures decoded, 0 processes", "stored features, 0 processes"],
     "memory": ["| stage 1 | no | 2 |", "| LoRA | yes | 2 |"],
     "scaling": ["tokens a row", "pictures in", "MiB resident"],
+    "step": ["tokens/s", "| sdpa |"],
     "fits": ["PREDICTION", "| 8 GB | 0.5B | 3 | QLoRA |"],
 }
 
