@@ -7,7 +7,9 @@ Shapes below use `n_images` for the number of images in the whole batch, in the 
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional, Union
 
 import torch
@@ -26,6 +28,7 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -211,6 +214,30 @@ def _warn_of_attention_without_cap(text_config: PretrainedConfig) -> None:
         )
 
 
+def _checkpoint_where_it_trains(
+    layer: nn.Module, checkpoint: Callable, function: Callable, hidden_states: torch.Tensor, *args
+) -> Any:
+    """
+    Runs a layer of the vision tower, checkpointed unless there is nothing to differentiate in it.
+
+    Before the first layer that trains autograd keeps nothing, and checkpointing would only cost. From there on it needs
+    an input that requires grad, without which checkpointing with reentrant silently trains nothing.
+
+    Args:
+        layer (`nn.Module`): The layer, which tells whether it trains.
+        checkpoint (`Callable`): How layers are checkpointed: called with a function and its arguments.
+        function (`Callable`): The layer's own forward pass.
+        hidden_states (`torch.Tensor` of shape `(n_images, n_patches, vision_hidden_size)`): The layer's input.
+        args: Its further inputs.
+    """
+    if not hidden_states.requires_grad:
+        if not any(parameter.requires_grad for parameter in layer.parameters()):
+            return function(hidden_states, *args)
+        if torch.is_grad_enabled():
+            hidden_states = hidden_states.detach().requires_grad_(True)
+    return checkpoint(function, hidden_states, *args)
+
+
 class SiQVLPreTrainedModel(PreTrainedModel):
     """Weight initialisation, loading and saving common to the SiQ-VL classes."""
 
@@ -236,6 +263,32 @@ class SiQVLPreTrainedModel(PreTrainedModel):
         over what SigLIP's attention and MLP blocks do for their layers.
         """
         return False
+
+    def enable_input_require_grads(self) -> None:
+        """
+        Lets gradients flow from the language model's embeddings on, as checkpointing with reentrant needs it.
+
+        transformers 5 would hook the vision tower's patch embedding too, so that each step would compute a frozen tower
+        twice and differentiate it. A tower that trains needs no such hook: see [`_checkpoint_where_it_trains`].
+        """
+
+        def require_grad(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            output.requires_grad_(True)
+
+        # Both names are read by `disable_input_require_grads`, one by each major.
+        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(require_grad)
+        self._require_grads_hooks = [self._require_grads_hook]
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        """Switches checkpointing on or off; the vision tower's layers are checkpointed only where they train."""
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        for tower in self.modules():
+            if not isinstance(tower, SiglipVisionModel):
+                continue
+            for layer in tower.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    checkpoint = layer._gradient_checkpointing_func
+                    layer._gradient_checkpointing_func = partial(_checkpoint_where_it_trains, layer, checkpoint)
 
 
 class SiQVLModel(SiQVLPreTrainedModel):

@@ -25,6 +25,7 @@ SHOWN = {
     "training": ["plain TRL, pixels, padded", "packed rows", "stored vision features", "all levers"],
     "idefics3": ["Idefics3, plain TRL", "SiQ-VL, plain TRL", "SiQ-VL, all levers"],
     "generation": ["time to first token", "decoding", "SiQ-VL, static cache"],
+    "checkpointing": ["tower without a graph", "checkpointing as it is", "tower hooked and checkpointed"],
     "loader": ["pictures decoded, 0 processes", "stored features, 0 processes"],
     "memory": ["| stage 1 | no | 2 |", "| LoRA | yes | 2 |"],
     "scaling": ["tokens a row", "pictures in", "MiB resident"],
