@@ -18,6 +18,7 @@ from siq_vl.data.feature_cache.pictures import Pictures, RowTransform, as_column
 from siq_vl.data.figures import rows as figures
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.filters import Duplicates
+from siq_vl.data.look_through import looked_through
 from siq_vl.data.preprocessing import DropLog, Preprocessor, Scorer
 from siq_vl.data.scoring import SiglipScorer
 from siq_vl.data.sources import FIGURES, Source, SourceConfig
@@ -147,6 +148,7 @@ def build_mixture(
     vision_tower: str | None = None,
     scorer: Scorer | None = None,
     readers: int = 1,
+    processes: int = 1,
 ) -> Mixture:
     """Open the sources, look their rows through, and mix them.
 
@@ -165,6 +167,7 @@ def build_mixture(
         vision_tower: checkpoint that scores pictures and texts where `config.score_model` is not set.
         scorer: scores them in place of a checkpoint.
         readers: loader processes of all training processes together, among which streams are dealt out.
+        processes: that look stored rows through.
 
     Raises:
         ValueError: a source is not there, has nothing to train on, or has too many broken rows; a mixture without an
@@ -183,7 +186,7 @@ def build_mixture(
             raise ValueError("min_image_text_score needs a SigLIP checkpoint with both towers: set score_model")
         scorer = SiglipScorer.from_pretrained(checkpoint)
     preprocessor = Preprocessor(drops, processor, max_length, config.max_image_side, scorer, config.blind)
-    mixed = MixedRows(_opened(config, task, base, preprocessor), config, drops)
+    mixed = MixedRows(_opened(config, task, base, preprocessor, processes), config, drops)
     streams = any(source.streaming for source in config.sources)
     mixture = mixed.stream(readers) if streams else mixed.stored(count)
     logger.info("training rows\n%s", mixture.report.table())
@@ -197,7 +200,9 @@ def _bounded(count: int | None, config: SourceConfig) -> int:
     return least
 
 
-def _opened(config: MixtureConfig, task: str, base: Path | None, preprocessor: Preprocessor) -> "list[MixtureSource]":
+def _opened(
+    config: MixtureConfig, task: str, base: Path | None, preprocessor: Preprocessor, processes: int
+) -> "list[MixtureSource]":
     """Open every source, and take note of the files that cannot be read."""
     sources: list[MixtureSource] = []
     times_named: Counter[str] = Counter()
@@ -210,7 +215,7 @@ def _opened(config: MixtureConfig, task: str, base: Path | None, preprocessor: P
         times_named[source.name] += 1
         if times_named[source.name] > 1:
             source.name = f"{source.name} #{times_named[source.name]}"
-        sources.append(CheckedSource(source, config.data_seed_offset, preprocessor))
+        sources.append(CheckedSource(source, config.data_seed_offset, preprocessor, processes))
     for opened in sources:
         opened.note_damage()
     return sources
@@ -315,10 +320,11 @@ class CheckedSource(MixtureSource):
         source: the rows, as they are stored.
         seed: of their order.
         preprocessor: checks them, and opens their pictures.
+        processes: that look them through.
     """
 
-    def __init__(self, source: Source, seed: int, preprocessor: Preprocessor):
-        self.source, self.seed, self.preprocessor = source, seed, preprocessor
+    def __init__(self, source: Source, seed: int, preprocessor: Preprocessor, processes: int = 1):
+        self.source, self.seed, self.preprocessor, self.processes = source, seed, preprocessor, processes
         self.name, self.drops = source.name, preprocessor.drops
         self.most = source.config.max_samples
         self.size = self.streamed_size = None
@@ -341,15 +347,26 @@ class CheckedSource(MixtureSource):
         # Drawn at random, so that a part of a source is like the whole.
         order = list(range(len(self.source)))
         Random(f"{self.seed}/{self.name}").shuffle(order)
-        numbers = tqdm(order, desc=f"looking through {self.name}", disable=None)
-        rows = ((number, self.source[number]) for number in numbers)
-        for number, _ in self.preprocessor.accepted(self.source, rows, duplicates):
-            self.numbers.append(number)
-            if self.kept == wanted:
-                break
+        filters = self.source.config.filters
+        if filters.read_pictures:
+            self.numbers = self._with_pictures(order, wanted, duplicates)
+        else:
+            about = {"seed": self.seed, "name": self.name}
+            self.numbers = looked_through(self.source, self.preprocessor, order, wanted, self.processes, about).numbers
         if not self.numbers:
             why = self.drops.summary(self.name) or "it is empty"
             raise ValueError(f"nothing is left of {self.name}, {len(self.source)} rows: {why}")
+
+    def _with_pictures(self, order: Sequence[int], wanted: int, duplicates: Duplicates) -> list[int]:
+        """Return the rows that pass filters which read pictures, or depend on the rows of other sources."""
+        passed: list[int] = []
+        progress = tqdm(order, desc=f"looking through {self.name}", disable=None)
+        rows = ((number, self.source[number]) for number in progress)
+        for number, _ in self.preprocessor.accepted(self.source, rows, duplicates):
+            passed.append(number)
+            if len(passed) == wanted:
+                break
+        return passed
 
     def row(self, position: int, pictures: Pictures) -> dict:
         """Return the training row at a position, or the next that can be read.
