@@ -6,6 +6,7 @@ Shapes below use `n_images` for the number of images in the whole batch, in the 
 `config.vision_config.image_size`). The tiles of a picture that the processor cuts (`max_tiles`) are images here.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -507,7 +508,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
         )
         return SiQVLModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},  # the other name costs on every step of a generation
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
@@ -721,7 +722,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         return SiQVLCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
@@ -869,6 +870,10 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         if vision_features is not None:
             model_kwargs["vision_features"] = vision_features
         return input_ids, model_kwargs
+
+
+# transformers 5 asks for the signature of remote code at each step of a generation, and finds it here at once.
+SiQVLForConditionalGeneration.forward.__signature__ = inspect.signature(SiQVLForConditionalGeneration.forward)
 
 
 class _SuppressPlaceholder(LogitsProcessor):
