@@ -810,7 +810,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         for budget in budgets:
             budget.start(input_ids_seq_length, generation_config.max_length, generation_config.eos_token_id)
         others = [found for found in processors if not isinstance(found, ThinkingBudgetLogitsProcessor)]
-        return LogitsProcessorList([*others, *budgets])
+        return _Processors([*others, *budgets])
 
     def _images_per_sample(
         self, n_tokens: int, input_ids: Optional[torch.LongTensor], inputs_embeds: Optional[torch.Tensor] = None
@@ -874,6 +874,18 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
 
 # transformers 5 asks for the signature of remote code at each step of a generation, and finds it here at once.
 SiQVLForConditionalGeneration.forward.__signature__ = inspect.signature(SiQVLForConditionalGeneration.forward)
+
+
+class _Processors(LogitsProcessorList):
+    """Logits processors in their order, which are not asked for their signatures at each step."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.Tensor:
+        """Takes and returns scores of shape `(batch_size, vocab_size)`."""
+        if kwargs:  # which of them takes these is told by their signatures
+            return super().__call__(input_ids, scores, **kwargs)
+        for processor in self:
+            scores = processor(input_ids, scores)
+        return scores
 
 
 class _SuppressPlaceholder(LogitsProcessor):
