@@ -130,10 +130,10 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         """
         forced: list[tuple[int, int]] = []  # row and token
         open_rows: list[int] = []
-        input_ids = input_ids.cpu()  # once for all that is looked at
-        rows = self._read(input_ids[:, max(0, self.prompt_length - _WINDOW) :])
+        on_host = input_ids.cpu()  # once for all that is looked at
+        rows = self._read(on_host[:, max(0, self.prompt_length - _WINDOW) :])
         for row, written in enumerate(rows):
-            token, is_open = self._next(written, input_ids[row, self.prompt_length :])
+            token, is_open = self._next(written, on_host[row, self.prompt_length :])
             if token is not None:
                 forced.append((row, token))
             elif is_open:
@@ -148,7 +148,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             bounded[row, token] = 0.0
         return bounded
 
-    def _read(self, ids: torch.LongTensor) -> list[_Written]:
+    def _read(self, ids: torch.Tensor) -> list[_Written]:
         """
         Reads what rows have written since the last step that they go on from.
 
@@ -181,7 +181,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         self._steps = [(ids.clone(), read), *self._steps][:_STEPS_KEPT]
         return read
 
-    def _after(self, written: _Written, token: int, output: torch.LongTensor) -> _Written:
+    def _after(self, written: _Written, token: int, output: torch.Tensor) -> _Written:
         """What a row has written with one more token of its output, of shape `(n_tokens,)`."""
         written = replace(written, length=written.length + 1)
         if token not in self._may_end_a_tag:
@@ -212,7 +212,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         room = self.last - ANSWER_ROOM - self.longest_turn - start
         return start + max(0, min(self.max_thinking_tokens, room))
 
-    def _next(self, written: _Written, output: torch.LongTensor) -> tuple[Optional[int], bool]:
+    def _next(self, written: _Written, output: torch.Tensor) -> tuple[Optional[int], bool]:
         """
         The token that has to follow, if any, and whether reasoning or answer are open, so that the turn goes on.
 

@@ -292,17 +292,24 @@ class Source:
         """Return a row as it is stored, its pictures not decoded."""
         return self._row(self.rows[index])
 
+    def __getstate__(self) -> dict:
+        # Made anew where it is needed: `datasets` hashes what rows are read with, and would read every text.
+        return {**vars(self), "_marked": None}
+
+    def _parts(self) -> Sequence[Any]:
+        """Return the data sets that the rows lie in, one after the other."""
+        if isinstance(self.rows, _Joined):
+            return self.rows.parts
+        return [self.rows]
+
     @property
     def fingerprint(self) -> str:
         """What tells the stored rows from others, as `datasets` knows it: by their content, or by their files."""
-        parts = [self.rows]
-        if isinstance(self.rows, _Joined):
-            parts = self.rows.parts
-        return "/".join(part._fingerprint for part in parts)
+        return "/".join(part._fingerprint for part in self._parts())
 
     def without_pictures(self, numbers: Sequence[int]) -> list[Mapping | Unreadable]:
         """Return rows as they are stored, but with a mark in place of a picture's bytes, which are not read."""
-        parts = self.rows.parts if isinstance(self.rows, _Joined) else [self.rows]
+        parts = self._parts()
         if any(part._indices is not None for part in parts):  # their rows lie elsewhere in their table
             return [self[number] for number in numbers]
         if self._marked is None:
