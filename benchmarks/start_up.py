@@ -23,9 +23,10 @@ from PIL import Image
 
 from siq_vl.data.conversations import check
 from siq_vl.data.filters import filtered
-from siq_vl.data.mixtures import MixtureConfig, build_mixture
+from siq_vl.data.mixture_config import MixtureConfig, SourceConfig
+from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.preprocessing import _locate
-from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.data.sources import Source
 
 MAX_LENGTH = 1024
 WORDS = ("red", "circle", "left", "of", "the", "blue", "square", "what", "is", "shown", "how", "many", "where", "lie")

@@ -8,10 +8,11 @@ from datasets import Dataset
 
 from siq_vl.data.collation import supervised_segments
 from siq_vl.data.conversations import Conversation, Dropped, message
-from siq_vl.data.mixtures import MixtureConfig, build_mixture
+from siq_vl.data.mixture_config import MixtureConfig, SourceConfig
+from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.preprocessing import DropLog, Preprocessor
 from siq_vl.data.shapes import Shapes
-from siq_vl.data.sources import Source, SourceConfig, _marked
+from siq_vl.data.sources import Source, _marked
 
 MAX_LENGTH = 60
 GOOD = [("human", "<image>\nWhat is this?"), ("gpt", "a cat")]
