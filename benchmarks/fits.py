@@ -68,7 +68,9 @@ def forward_flops(config: PretrainedConfig, tokens: int, length: int) -> int:
     return config.num_hidden_layers * tokens * 2 * (weights + 2 * length * width)
 
 
-def step_flops(config: SiQVLConfig, batch_size: int, length: int, supervised: int, lora: int) -> int:
+def step_flops(
+    config: SiQVLConfig, batch_size: int, length: int, supervised: int, lora: int, *, stored_features: bool = False
+) -> int:
     """Return the model's floating-point operations of a step with a frozen tower, recomputation not counted.
 
     Tower: forward. Projector: forward, and the gradient of its weights. Language model: forward, and the gradient of its
@@ -80,12 +82,13 @@ def step_flops(config: SiQVLConfig, batch_size: int, length: int, supervised: in
         length: tokens of a sample.
         supervised: tokens of the batch that have a label.
         lora: parameters of the adapter.
+        stored_features: the tower does not run.
     """
     text, vision = config.text_config, config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     tokens = batch_size * length
     embedding = 2 * batch_size * patches * 3 * vision.patch_size**2 * vision.hidden_size
-    tower = forward_flops(vision, batch_size * patches, patches) + embedding
+    tower = 0 if stored_features else forward_flops(vision, batch_size * patches, patches) + embedding
     width = vision.hidden_size * config.pixel_shuffle_factor**2
     projector = 2 * 2 * batch_size * config.image_seq_length * width * text.hidden_size
     language = 2 * forward_flops(text, tokens, length) + 3 * 2 * tokens * lora

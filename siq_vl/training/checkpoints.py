@@ -10,20 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from siq_vl.data.mixtures import MixtureReport
 from siq_vl.distill.training_rows import store_state
 from siq_vl.hub import BEFORE_AFTER_FILE, CURVE_FILE, EMERGENCE_FIGURE, SCORES_FILE, model_card
-from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.plots import learning_curve_plot
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.arguments import ADAPTER_FIELDS, ModelArguments
 from siq_vl.training.quantization import merge_adapter
 from siq_vl.training.recipes import Recipe, backbones_of
-from siq_vl.training.stages import freeze_for_stage
+from siq_vl.training.sharding import whole_model
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ def save_stage(
         The checkpoint's folder, `recipe.training.output_dir`.
     """
     folder = Path(recipe.training.output_dir)
-    model = _whole_model(trainer, recipe)
+    model = whole_model(trainer, recipe)
     if trainer.accelerator.is_main_process:
         scratch = folder / ".incomplete"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -122,30 +121,6 @@ def save_stage(
         logger.info("stage %s left its checkpoint in %s after %.0f s of training", recipe.stage, folder, seconds)
     trainer.accelerator.wait_for_everyone()
     return folder
-
-
-def _whole_model(trainer: SFTTrainer, recipe: Recipe) -> PreTrainedModel | PeftModel:
-    """Return the trained model with all its weights; only the first process has them where they are sharded."""
-    accelerator = trainer.accelerator
-    model = accelerator.unwrap_model(trainer.model)
-    plugin = accelerator.state.deepspeed_plugin
-    if not trainer.is_fsdp_enabled and (plugin is None or plugin.zero_stage != 3):
-        return model
-    weights = accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part
-    return rebuild(model, recipe, weights) if accelerator.is_main_process else model
-
-
-def rebuild(
-    model: PreTrainedModel | PeftModel, recipe: Recipe, weights: Mapping[str, torch.Tensor]
-) -> PreTrainedModel | PeftModel:
-    """Return a whole copy of a sharded model, on the CPU, from its gathered weights."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    whole = SiQVLForConditionalGeneration(base.config)
-    peft_config = freeze_for_stage(whole, recipe.stage, recipe.model)
-    if peft_config is not None:
-        whole = get_peft_model(whole, peft_config)
-    whole.load_state_dict(weights)
-    return whole
 
 
 def _settings(

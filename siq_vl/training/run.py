@@ -23,6 +23,7 @@ from siq_vl.training.checkpoints import run_settings, samples_a_step, save_stage
 from siq_vl.training.emergence import EmergenceCallback
 from siq_vl.training.recipes import Recipe
 from siq_vl.training.resume import checkpoint_to_resume, discard_incomplete
+from siq_vl.training.sharding import check_engine
 from siq_vl.training.stages import freeze_for_stage, log_parameters
 from siq_vl.training.stored_features import rows_with_features
 from siq_vl.training.trainer import AnswerWeights, SiQVLTrainer
@@ -132,7 +133,8 @@ def make_trainer(
     peft_config = freeze_for_stage(model, recipe.stage, recipe.model)
     if isinstance(rows, IterableDataset):  # each process reads its own: batches of unlike sizes cannot be cut up
         training.accelerator_config.dispatch_batches = False
-    rows = rows_with_features(recipe, model, processor, rows)
+    pictured = rows
+    rows = rows_with_features(recipe, model, processor, pictured)
     collate: Callable = ConversationCollator(processor, training.max_length)
     lengths = None
     if recipe.run.batching == "length_grouped":
@@ -151,8 +153,9 @@ def make_trainer(
         in_order=traces is not None and traces.curriculum != "none",
         pack_tokens=recipe.run.pack_tokens if recipe.run.batching == "packed" else 0,
         lengths=lengths,
+        stored_features=rows is not pictured,
     )
-    _check_engine(trainer, recipe)
+    check_engine(trainer, recipe)
     _add_callbacks(trainer, recipe, processor, held_out)
     _watch(trainer, recipe, processor, watched)
     log_parameters(trainer.model)
@@ -164,20 +167,6 @@ def make_trainer(
         training.world_size,
     )
     return trainer
-
-
-def _check_engine(trainer: SFTTrainer, recipe: Recipe) -> None:
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    sharded = trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-    if not (recipe.model.quantized and sharded):
-        return
-    flag, kind = "load_in_4bit", recipe.model.bnb_4bit_quant_type.upper()
-    if recipe.model.load_in_8bit:
-        flag, kind = "load_in_8bit", "int8"
-    raise ValueError(
-        f"{flag} is set, but FSDP and ZeRO-3 cannot shard {kind} weights here: use accelerate_configs/ddp.yaml or "
-        f"zero2.yaml, or drop {flag}"
-    )
 
 
 def _add_callbacks(trainer: SFTTrainer, recipe: Recipe, processor: SiQVLProcessor, held_out: Sequence[Mapping]) -> None:

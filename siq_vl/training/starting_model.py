@@ -12,6 +12,7 @@ from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.backbones import random_model
 from siq_vl.training.quantization import load_quantized
 from siq_vl.training.recipes import Recipe, starting_checkpoint
+from siq_vl.training.sharding import whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ def load_for_stage(recipe: Recipe) -> tuple[SiQVLForConditionalGeneration, SiQVL
         ValueError: the recipe names no backbones, or the previous stage has left no checkpoint.
     """
     set_seed(recipe.training.seed)  # the fresh projector is drawn here, before the trainer seeds itself
-    model, processor = _load(recipe)
+    with whole_weights(recipe.training):
+        model, processor = _load(recipe)
     # Everything is frozen but what the stage names, and that has to be float32 to take small steps.
     model.model.projector.float()
     return model, processor

@@ -25,6 +25,7 @@ from siq_vl.data.packing import (
 )
 from siq_vl.training.loss import TRITON_DEVICES, TokenLosses, sums_by_sample
 from siq_vl.training.resume import last_complete_checkpoint, mark_complete
+from siq_vl.training.sharding import is_sharded
 
 
 class SourceCollator:
@@ -95,6 +96,7 @@ class SiQVLTrainer(SFTTrainer):
         in_order: train on the rows in their order instead of shuffling them.
         pack_tokens: most tokens of a packed training row; 0 pads. See `siq_vl.data.packing`.
         lengths: tokens of each training row, to batch rows of like length.
+        stored_features: the rows have stored features in place of pictures.
         kwargs: as for `SFTTrainer`.
     """
 
@@ -105,12 +107,13 @@ class SiQVLTrainer(SFTTrainer):
         in_order: bool = False,
         pack_tokens: int = 0,
         lengths: Sequence[int] | None = None,
+        stored_features: bool = False,
         **kwargs,
     ):
         self.in_order = in_order
         super().__init__(*args, **kwargs)
         self.scored_by_trl = TRITON_DEVICES
-        self.pack_tokens, self.lengths = pack_tokens, lengths
+        self.pack_tokens, self.lengths, self.stored_features = pack_tokens, lengths, stored_features
         if pack_tokens:
             self._check_packing()
         self.run_settings = run_settings or {}
@@ -129,6 +132,11 @@ class SiQVLTrainer(SFTTrainer):
             base = base.get_base_model()
         if not self.model.training:
             weights = None
+        if self.stored_features and is_sharded(self) and "vision_features" not in inputs:
+            # Where weights are sharded, a batch without pictures runs the tower on a blank one, since other processes
+            # may run it; with stored features none does.
+            hidden = base.config.vision_config.hidden_size
+            inputs["vision_features"] = torch.zeros(0, 1, 1, hidden, device=inputs["input_ids"].device)
         token_losses = TokenLosses(model, base, weights, self.scored_by_trl)
         positions = inputs.get("position_ids")
         loss = super().compute_loss(token_losses, inputs, return_outputs, num_items_in_batch)
