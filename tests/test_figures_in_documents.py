@@ -112,9 +112,9 @@ WRITTEN = {
 # What digits may say besides measurements: names, versions, settings, sizes that are given.
 NOT_MEASURED = (
     # Names and versions.
-    r"SigLIP-2|Qwen2(\.5)?|Idefics3|FSDP2|NF4|int8|bfloat16|float32|base64|Apache 2\.0|Table 3|\bA\.[456]\b",
+    r"SigLIP-2|Qwen2(\.5)?|Idefics3|FSDP2|ZeRO-[23]|NF4|int8|bfloat16|float32|base64|Apache 2\.0|Table 3|\bA\.[456]\b",
     r"transformers [45](\.\d+)?( and 5\.x)?",
-    r"[Ss]tages? [0-3]( and [0-3])?|the same stage-2 checkpoint|\b(0\.5|1\.5)B model|http://127\.0\.0\.1:7860",
+    r"[Ss]tages? [0-3]( and [0-3])?|the same stage-2 checkpoint|\b(0\.5|1\.5)B( model)?\b|at most 35 minutes|http://127\.0\.0\.1:7860",
     # Enumerations, terms and arithmetic.
     r" [1-3]\. (?=\*\*)|95%( Wilson)? intervals?|the report's 1 - accuracy|1: one, drawn by the weights; 0: all",
     # Settings, which recipes, options and defaults hold.
