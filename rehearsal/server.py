@@ -107,7 +107,12 @@ class RehearsalHub:
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}"
+        self.storage = f"http://localhost:{self.server.server_port}"  # another host, as clients expect it
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def reload(self, folder: Path) -> None:
+        """Take up what a folder holds by now."""
+        self.repos |= repos_of(folder)
 
     def close(self) -> None:
         """End the server."""
@@ -247,7 +252,7 @@ class RehearsalHub:
             self.blobs[digest] = content
             size = str(len(_bytes(content)))
             headers |= {"X-Linked-Size": size, "X-Linked-ETag": f'"{digest}"'}
-            headers["Location"] = f"{self.address}/blobs/{digest}/{quote(name)}"
+            headers["Location"] = f"{self.storage}/blobs/{digest}/{quote(name)}"
             request.send(302, b"", headers)
             return
         request.send(200, _bytes(content), headers)
@@ -283,6 +288,10 @@ class RehearsalHub:
             request.fail(401, "", "Invalid credentials in Authorization header")
             return
         request.send(200, {"name": USER, "type": "user", "orgs": [], "auth": {"type": "access_token"}})
+
+    def not_offered(self, request: "Request") -> None:
+        """Answer for what the library asks in passing and does without."""
+        request.send(404, {"error": "not offered here"})
 
     def create(self, request: "Request") -> None:
         """Make a repository."""
@@ -445,6 +454,7 @@ ROUTES: list[tuple[str, Callable]] = [
     (r"/api/repos/create", RehearsalHub.create),
     (r"/api/validate-yaml", RehearsalHub.validate),
     (r"/api/whoami-v2", RehearsalHub.who),
+    (r"/api/agent-harnesses", RehearsalHub.not_offered),
     (rf"{_API}/branch/{_REVISION}", RehearsalHub.make_branch),
     (rf"{_API}/preupload/{_REVISION}", RehearsalHub.preupload),
     (rf"{_API}/commit/{_REVISION}", RehearsalHub.commit),
