@@ -144,7 +144,7 @@ HOW = {
         PLAN, says="random weights"
     ),
     "python train_distill.py --recipe siq-vl-0.5b --config internvl_chartqa --dry_run": Run(says="12,469,120"),
-    "python train_distill.py --recipe siq-vl-0.5b --config qwen3vl_cocoqa --dry_run": Run(says="12,469,120"),
+    "python train_distill.py --recipe siq-vl-0.5b --config qwen3vl_cocoqa --dry_run": Run(says="5,833,600"),
     "python train_distill.py --recipe siq-vl-0.5b --config hunyuanocr --dry_run": Run(says="12,469,120"),
     "python train_distill.py --recipe siq-vl-0.5b --dry_run": Run(says="Plan of stage 3"),
     "python generate_traces.py --teacher figures --count 14720 --duplicates none --output outputs/tiny/traces": Run(
