@@ -26,8 +26,8 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from siq_vl.data.adapters import llava
+from siq_vl.data.mixture_config import SourceConfig
 from siq_vl.data.mixtures import build_mixture
-from siq_vl.data.sources import SourceConfig
 from siq_vl.training import trainer as trainers
 from siq_vl.training.recipes import STAGES, Recipe, parse_recipe
 from siq_vl.training.run import make_trainer

@@ -25,9 +25,10 @@ from siq_vl.data.collation import ConversationCollator, supervised_segments
 from siq_vl.data.conversations import Dropped, text_of
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.data.images import FORMATS, decode_image, find_under, open_image
+from siq_vl.data.mixture_config import SourceConfig
 from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.preprocessing import DropLog
-from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.training.recipes import AdapterArguments, DataArguments, ModelArguments, Recipe
 from siq_vl.training.run import DROP_LOG, make_trainer, mixture_for_stage
 

@@ -22,8 +22,9 @@ from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import figure_questions
 from siq_vl.distill.selection import Selection, record_rules, update_verdicts
 from siq_vl.distill.teachers.oracle import FiguresTeacher
+from siq_vl.distill.trace_arguments import TraceArguments
 from siq_vl.distill.traces import TraceStore, read_traces
-from siq_vl.distill.training_rows import DIRECT, TraceArguments, training_traces
+from siq_vl.distill.training_rows import DIRECT, training_traces
 from siq_vl.distill.verification import Verification
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.planning.plan import plan

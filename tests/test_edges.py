@@ -17,8 +17,9 @@ from transformers import GenerationConfig
 from siq_vl.data import packing, remote
 from siq_vl.data.conversations import Dropped, message
 from siq_vl.data.feature_cache import build
-from siq_vl.data.feature_cache.build import FeatureArguments, FeaturesTooLarge, cached_rows, store_of
+from siq_vl.data.feature_cache.build import FeaturesTooLarge, cached_rows, store_of
 from siq_vl.data.figures.dataset import sample
+from siq_vl.data.mixture_config import FeatureArguments
 from siq_vl.data.packing import PackingCollator
 from siq_vl.data.preprocessing import DropLog
 from siq_vl.data.remote import download_image, is_public

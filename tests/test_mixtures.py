@@ -11,7 +11,8 @@ from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVi
 
 from siq_vl.data.conversations import Conversation, Dropped, message, text_of
 from siq_vl.data.figures.rows import training_rows
-from siq_vl.data.filters import FilterConfig, filtered
+from siq_vl.data.filters import filtered
+from siq_vl.data.mixture_config import FilterConfig
 from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.scoring import SiglipScorer, scored_text
 from siq_vl.training import recipes

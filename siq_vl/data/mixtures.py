@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -18,54 +18,16 @@ from siq_vl.data.feature_cache.pictures import Pictures, RowTransform, as_column
 from siq_vl.data.figures import rows as figures
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.filters import Duplicates
+from siq_vl.data.mixture_config import FIGURES, MixtureConfig, SourceConfig
 from siq_vl.data.preprocessing import DropLog, Preprocessor, Scorer
 from siq_vl.data.scoring import SiglipScorer
-from siq_vl.data.sources import FIGURES, Source, SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 logger = logging.getLogger(__name__)
 
 _NO_END = "drawn figures have no end: set max_steps, train_samples, or max_samples of this source"
 _NO_BOUND = 2**40  # drawn figures before a stream begins anew: more than any run takes
-
-
-@dataclass
-class MixtureConfig:
-    """What is trained on."""
-
-    sources: list[SourceConfig] = field(
-        default_factory=lambda: [SourceConfig(FIGURES)],
-        metadata={"help": "Sources of the mixture: in a recipe, a list of mappings; here, paths or Hub ids."},
-    )
-    train_samples: int = field(
-        default=0, metadata={"help": "Rows of the mixture; 0: as many as the steps take, or every row once an epoch."}
-    )
-    data_seed_offset: int = field(default=0, metadata={"help": "Stream of samples; each stage has its own."})
-    blind: bool = field(default=False, metadata={"help": "Withhold every picture: the blind baseline."})
-    max_bad_share: float = field(
-        default=0.05, metadata={"help": "Stop when more than this share of the rows read from a source is broken."}
-    )
-    max_image_side: int = field(
-        default=4096, metadata={"help": "Pictures with a longer side are scaled down to it while they are read."}
-    )
-    score_model: str | None = field(
-        default=None, metadata={"help": "SigLIP checkpoint for min_image_text_score; the vision tower's by default."}
-    )
-
-    def __post_init__(self) -> None:
-        for place, source in enumerate(self.sources):
-            if isinstance(source, Mapping):  # as a recipe gives it
-                self.sources[place] = SourceConfig(**source)
-        if not self.sources:
-            raise ValueError("sources is empty; name at least one, for instance `path: figures`")
-        # A source without a weight would have no share beside weighted ones.
-        weighted = [each.path for each in self.sources if each.weight is not None]
-        if weighted and len(weighted) < len(self.sources):
-            raise ValueError(f"weight is set for {', '.join(weighted)} alone; set it for every source or for none")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is {self.max_bad_share}; it must lie between 0 and 1")
-        if self.max_image_side < 1:
-            raise ValueError(f"max_image_side is {self.max_image_side}; it must be at least 1 pixel")
 
 
 @dataclass

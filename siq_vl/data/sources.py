@@ -5,7 +5,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -21,12 +20,11 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from siq_vl.data.adapters import FORMATS, captions, recognise
 from siq_vl.data.conversations import Conversation, well_formed
 from siq_vl.data.fields import Unreadable, bad_row, kind, parse_row, plain_rows
-from siq_vl.data.filters import FilterConfig
 from siq_vl.data.images import find_under
+from siq_vl.data.mixture_config import SourceConfig
 
 logger = logging.getLogger(__name__)
 
-FIGURES = "figures"
 COCOQA_FILES = {"question": "questions.txt", "answer": "answers.txt", "img_id": "img_ids.txt"}
 # The names that annotation files give to a split; OCR-VQA numbers them.
 _SPLIT_NAMES = {"train": ("train", 1), "validation": ("validation", "val", 2), "val": ("val", "validation", 2)}
@@ -39,42 +37,6 @@ _JSON_NAME = re.compile(rf"\s*({_JSON_STRING})\s*:", re.DOTALL)
 # What code that expects another row raises; the adapters of this project find their words themselves.
 _UNEXPECTED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 _SHUFFLE_BUFFER = 500  # rows of a stream that wait, pictures encoded, to be drawn at random
-
-
-@dataclass
-class SourceConfig:
-    """One source of a mixture; in a recipe, one mapping of the list `sources`."""
-
-    path: str = field(metadata={"help": "Hub id, local file or folder, or 'figures', the drawn data set."})
-    format: str | None = field(default=None, metadata={"help": f"One of {', '.join(FORMATS)}; told by the columns."})
-    subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set, or a sub-folder."})
-    data_files: str | None = field(default=None, metadata={"help": "File of a Hub data set, where it has several."})
-    split: str = field(default="train", metadata={"help": "Split to read."})
-    weight: float | None = field(default=None, metadata={"help": "Share of the mixture, set for all sources or none."})
-    max_samples: int | None = field(default=None, metadata={"help": "Rows to use at most, drawn at random."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows while training, with nothing read before."})
-    image_folder: str | None = field(
-        default=None, metadata={"help": "Where named pictures lie, if not beside the rows."}
-    )
-    allow_remote_images: bool = field(default=False, metadata={"help": "Fetch pictures that are given as addresses."})
-    instruction: str | None = field(default=None, metadata={"help": "Added to every question; for captions, asks."})
-    filters: FilterConfig = field(default_factory=FilterConfig, metadata={"help": "What to leave out."})
-
-    def __post_init__(self) -> None:
-        if isinstance(self.filters, Mapping):
-            self.filters = FilterConfig(**self.filters)
-        if self.format is not None and self.format not in FORMATS:
-            raise ValueError(f"format is {self.format!r}; it must be one of {', '.join(FORMATS)}")
-        if self.weight is not None and self.weight <= 0:
-            raise ValueError(f"weight of {self.path} is {self.weight}; it must be above 0, or leave the source out")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples of {self.path} is {self.max_samples}; it must be at least 1")
-
-    @property
-    def name(self) -> str:
-        """What logs, counts and the model card call the source; never an absolute path."""
-        path = Path(self.path).resolve().name if Path(self.path).exists() else self.path
-        return path if self.subset is None else f"{path}/{self.subset}"
 
 
 class Source:

@@ -203,7 +203,7 @@ def check_hub(endpoint: str, seconds: float = _HUB_SECONDS) -> Finding:
 
 def check_inputs(recipe: "Recipe", online: bool) -> Iterator[Finding]:
     """Say what the stage starts from and reads, and what of it can be had neither here nor from the Hub."""
-    from siq_vl.data.sources import FIGURES
+    from siq_vl.data.mixture_config import FIGURES
     from siq_vl.training.recipes import backbones_of, starting_checkpoint
 
     wanted = [("model", name) for name in backbones_of(recipe) if name]

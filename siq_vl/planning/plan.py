@@ -10,9 +10,9 @@ import yaml
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.data.collation import IGNORED, ConversationCollator
+from siq_vl.data.mixture_config import FIGURES
 from siq_vl.data.mixtures import Mixture, build_mixture
 from siq_vl.data.packing import fill, padding_share
-from siq_vl.data.sources import FIGURES
 from siq_vl.distill.training_rows import TrainingTraces
 from siq_vl.planning.sizes import Memory, Sizes, count, memory_table, size_table, training_memory
 from siq_vl.processing_siq_vl import SiQVLProcessor

@@ -11,10 +11,8 @@ import torch
 import yaml
 from trl import SFTConfig, TrlParser
 
-from siq_vl.data.feature_cache.build import FeatureArguments
-from siq_vl.data.mixtures import MixtureConfig
-from siq_vl.data.sources import FIGURES
-from siq_vl.distill.training_rows import TraceArguments
+from siq_vl.data.mixture_config import FIGURES, FeatureArguments, MixtureConfig
+from siq_vl.distill.trace_arguments import TraceArguments
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from trl import SFTTrainer
 
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.figures.rows import training_rows
+from siq_vl.data.mixture_config import FIGURES
 from siq_vl.data.mixtures import Mixture, MixtureReport, build_mixture
 from siq_vl.data.packing import row_lengths
-from siq_vl.data.sources import FIGURES
 from siq_vl.distill.training_rows import TrainingTraces, training_traces
 from siq_vl.hub import push_stage
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
