@@ -187,7 +187,9 @@ def chartqa(subset: str, split: str, count: int) -> tuple[Features, list[dict]]:
     for index in range(count):
         drawn = Drawn(f"chartqa/{split}", index)
         query, label = drawn.question, [str(drawn.count)]
-        rows.append({"image": drawn.encoded(f"{index}.png"), "query": query, "label": label, "human_or_machine": index % 2})
+        rows.append(
+            {"image": drawn.encoded(f"{index}.png"), "query": query, "label": label, "human_or_machine": index % 2}
+        )
     return Features(features), rows
 
 

@@ -65,7 +65,9 @@ def _vocabulary(special: Sequence[str], plain: Sequence[str]) -> Tokenizer:
     )
     drawn = [Drawn("vocabulary", index) for index in range(8)]
     texts = [f"{each.caption}\n{each.question}" for each in drawn]
-    texts += ["system\nYou are a helpful assistant.\nuser\nassistant\nThink step by step, then answer with a single word."]
+    texts += [
+        "system\nYou are a helpful assistant.\nuser\nassistant\nThink step by step, then answer with a single word."
+    ]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(special))
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in plain])
@@ -84,7 +86,10 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, 
     added = {}
     for token in saved["added_tokens"]:
         added[str(token["id"])] = {name: value for name, value in token.items() if name != "id"}
-    _write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": added, "clean_up_tokenization_spaces": False, **settings})
+    _write_json(
+        folder / "tokenizer_config.json",
+        {"added_tokens_decoder": added, "clean_up_tokenization_spaces": False, **settings},
+    )
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -250,9 +255,17 @@ def _small_text(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
 
 def write_qwen3_vl(folder: Path, thinking: bool) -> None:
     """Qwen3-VL: the Thinking model's prompt ends with the opening tag, the Instruct model writes it itself."""
-    rationale = ["I look at the picture from left to right.", " I count the things in it: one, then another one.", " 1 + 1 = 2."]
+    rationale = [
+        "I look at the picture from left to right.",
+        " I count the things in it: one, then another one.",
+        " 1 + 1 = 2.",
+    ]
     if thinking:
-        rationale = ["So, what is in this picture? I see some things side by side.", " One is here, and one is there.", " That makes 2."]
+        rationale = [
+            "So, what is in this picture? I see some things side by side.",
+            " One is here, and one is there.",
+            " That makes 2.",
+        ]
     pieces = _sayings(rationale)
     tokenizer = _qwen3_tokenizer(folder, [*rationale, pieces[-1]], {})
     image = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -308,7 +321,11 @@ def write_qwen3_vl(folder: Path, thinking: bool) -> None:
 
 def write_internvl(folder: Path) -> None:
     """InternVL3.5 in the form that the Auto classes load; pictures are cropped to patches unless told otherwise."""
-    rationale = ["The chart is read first.", " It has a part on the left, and a second part beside it.", " Together there are 2."]
+    rationale = [
+        "The chart is read first.",
+        " It has a part on the left, and a second part beside it.",
+        " Together there are 2.",
+    ]
     pieces = _sayings(rationale)
     named = {
         "start_image_token": "<img>",
@@ -349,21 +366,33 @@ def write_internvl(folder: Path) -> None:
         "processor_class": "InternVLProcessor",
     }
     _write_json(folder / "preprocessor_config.json", pictures)
-    _write_json(folder / "video_preprocessor_config.json", {**pictures, "video_processor_type": "InternVLVideoProcessor"})
+    _write_json(
+        folder / "video_preprocessor_config.json", {**pictures, "video_processor_type": "InternVLVideoProcessor"}
+    )
     _write_json(folder / "processor_config.json", {"image_seq_length": 256, "processor_class": "InternVLProcessor"})
 
 
 def write_internvl_chat(folder: Path) -> None:
     """InternVL3.5 in its first form, code of its own and a type that no Auto class knows: what has to be refused."""
     folder.mkdir(parents=True, exist_ok=True)
-    code = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig", "AutoModel": "modeling_internvl_chat.InternVLChatModel"}
-    _write_json(folder / "config.json", {"architectures": ["InternVLChatModel"], "auto_map": code, "model_type": "internvl_chat"})
+    code = {
+        "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+        "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+    }
+    _write_json(
+        folder / "config.json",
+        {"architectures": ["InternVLChatModel"], "auto_map": code, "model_type": "internvl_chat"},
+    )
     _write_tokenizer(folder, _vocabulary(QWEN_SPECIAL, ()), {"tokenizer_class": "Qwen2Tokenizer"})
 
 
 def write_hunyuan(folder: Path) -> None:
     """HunyuanOCR: transformers 5 alone knows its class; for 4 there is its configuration, which 4 has to refuse."""
-    rationale = ["First the text of the picture is read line by line.", " Then what was asked for is counted.", " The result is 2."]
+    rationale = [
+        "First the text of the picture is read line by line.",
+        " Then what was asked for is counted.",
+        " The result is 2.",
+    ]
     pieces = _sayings(rationale)
     named = {
         "image_token": "<｜hy_place▁holder▁no▁102｜>",

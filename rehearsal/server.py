@@ -67,9 +67,7 @@ def repos_of(folder: Path) -> dict[tuple[str, str], Repo]:
     found = {}
     for kind in ("models", "datasets"):
         for path in sorted(folder.glob(f"{kind}/*/*")):
-            files = {
-                file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()
-            }
+            files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
             id = path.relative_to(folder / kind).as_posix()
             found[kind, id] = Repo(id, kind, files)
     return found

@@ -31,7 +31,14 @@ from rehearsal.steps import Step, all_steps, quick_steps, script_of
 REPO_ROOT = Path(__file__).resolve().parent.parent
 _SHOWN = 300  # characters of a failure
 # What the surroundings must not decide: caches, tokens, and whether libraries may ask a Hub at all.
-_LEFT_OUT = ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
+_LEFT_OUT = (
+    "HF_TOKEN",
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "HF_HUB_CACHE",
+    "HF_DATASETS_CACHE",
+)
 
 
 @dataclass
@@ -197,7 +204,9 @@ class Walk:
             else:
                 self.done[step.name] = self._take(number, step)
             made = self.done[step.name]
-            _say(f"{number:2} of {len(self.steps)}  {made.seconds:6.1f} s  {made.cpu:5.1f} CPU-s  {step.name}: {made.outcome}")
+            _say(
+                f"{number:2} of {len(self.steps)}  {made.seconds:6.1f} s  {made.cpu:5.1f} CPU-s  {step.name}: {made.outcome}"
+            )
             self._write()
         return [self.done[step.name] for step in self.steps]
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
+from siq_vl.terms import is_hub_id, licence_for, made_from, terms_table
+
 logger = logging.getLogger(__name__)
 
 STAGE_TITLES = {
@@ -63,6 +65,10 @@ processor = AutoProcessor.from_pretrained({load}, trust_remote_code=True)
 
 All settings are in `training_settings.json`, the loss log in `training_log.jsonl`.{adapter_note}
 {sections}"""
+
+_TERMS = """\
+The licence above, `{licence}`, is the narrowest of those that this checkpoint was made from, by a table that was put together
+from their public pages. It is no legal advice: read the terms themselves."""
 
 _RANDOM_WARNING = """
 > **Random weights.** This model was built from the sizes of its backbones, not from their weights, to measure speed and
@@ -162,12 +168,15 @@ def _sections(
         sections.append("\n".join(["## Scores\n", "| benchmark | metric | value |", "|---|---|---|", *lines, ""]))
     if table := settings.get("data_table"):
         sections.append(f"## Data\n\n{table}\n")
+    if table := terms_table(made_from(settings)):
+        sections.append(f"## Terms\n\n{_TERMS.format(licence=licence_for(made_from(settings)))}\n\n{table}\n")
     return "".join(f"\n{section}" for section in sections)
 
 
 def _metadata(settings: dict, scores: Mapping[str, Mapping[str, float]], repo_id: str | None) -> ModelCardData:
     sources = settings["data"].get("sources") or []
     paths = [source["path"] for source in sources if isinstance(source, Mapping) and source.get("path")]
+    licence = licence_for(made_from(settings))
     results = [
         EvalResult(
             task_type="image-text-to-text",
@@ -182,19 +191,14 @@ def _metadata(settings: dict, scores: Mapping[str, Mapping[str, float]], repo_id
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        license="apache-2.0",
-        base_model=sorted({name for name in (settings.get("backbones") or {}).values() if _is_hub_id(name)}) or None,
-        datasets=sorted({path for path in paths if _is_hub_id(path)}) or None,
+        license=licence,
+        license_name="terms-of-its-sources" if licence == "other" else None,
+        base_model=sorted({name for name in (settings.get("backbones") or {}).values() if is_hub_id(name)}) or None,
+        datasets=sorted({path for path in paths if is_hub_id(path)}) or None,
         tags=["siq-vl", "vision-language", f"stage-{settings['stage']}"],
         model_name=repo_id or f"SiQ-VL {settings['recipe']} stage {settings['stage']}" if results else None,
         eval_results=results or None,
     )
-
-
-def _is_hub_id(name: str | None) -> bool:
-    if not name or name.count("/") != 1 or name.startswith((".", "/")):
-        return False
-    return not any((base / name).exists() for base in (Path(), Path(__file__).resolve().parents[1]))
 
 
 def write_card(

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -11,11 +11,12 @@ import yaml
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.data.collation import IGNORED, ConversationCollator
 from siq_vl.data.mixture_config import FIGURES
-from siq_vl.data.mixtures import Mixture, build_mixture
+from siq_vl.data.mixtures import MANY_PASSES, Mixture, build_mixture, repeated
 from siq_vl.data.packing import fill, padding_share
 from siq_vl.distill.training_rows import TrainingTraces
 from siq_vl.planning.sizes import Memory, Sizes, count, memory_table, size_table, training_memory
 from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.terms import inherited, licence_for, made_from, terms_of, terms_table
 from siq_vl.training.backbones import planned_config, stand_in_processor
 from siq_vl.training.checkpoints import samples_a_step
 from siq_vl.training.recipes import (
@@ -83,6 +84,7 @@ def plan(recipe: Recipe, task: str) -> str:
         "Model": f"{source}\n{config.image_seq_length} tokens an image{_random_note(recipe)}",
         "Parameters": "\n\n".join(filter(None, [size_table(sizes, recipe.adapter.lora_r), _trained(recipe, config)])),
         "Data": data,
+        "Terms": _terms(recipe),
         "Steps": _steps(recipe, mixture),
         "Tokens": tokens,
         "Vision features": feature_plan(recipe, config, _rows_an_epoch(recipe, mixture), _available(mixture)),
@@ -146,6 +148,22 @@ def _adapter_of_stage_2(recipe: Recipe) -> AdapterArguments | None:
     return AdapterArguments(**{name: value for name, value in stated.items() if name in fields})
 
 
+def _terms(recipe: Recipe) -> str:
+    """Say what the model will be made from, under which terms, and what licence its card will therefore name."""
+    names = set(made_from({"backbones": dict(enumerate(backbones_of(recipe)))}))
+    if recipe.traces is not None:
+        names.update(made_from({"traces": asdict(recipe.traces)}))
+    else:
+        names.update(made_from({"data": asdict(recipe.data)}))
+    if recipe.stage != "1" and not recipe.model.random_weights:
+        try:
+            names.update(inherited(Path(starting_checkpoint(recipe))))
+        except ValueError:
+            logger.info("there is no checkpoint to start from yet: its terms are not among these")
+    licence = f"the card will say: {licence_for(names)}"
+    return "\n\n".join(filter(None, [terms_table(sorted(names)), licence]))
+
+
 def _data(recipe: Recipe, task: str) -> tuple[Mixture | None, str]:
     """Open the sources and look some of their rows through; return the mixture and what to say of it."""
     data = recipe.data
@@ -153,6 +171,7 @@ def _data(recipe: Recipe, task: str) -> tuple[Mixture | None, str]:
         needed = rows_needed(recipe)
         count = min(needed, _SAMPLED_ROWS) if needed else _SAMPLED_ROWS
         mixture = build_mixture(_streamed(data), task, count, base=REPO_ROOT)
+        _share_by_size(mixture, data)
     except (OSError, ValueError) as error:
         total = sum(source.weight or 1 for source in data.sources)
         lines = [f"{(source.weight or 1) / total:.1%}  {source.name}" for source in data.sources]
@@ -193,7 +212,59 @@ def _streamed(data: DataArguments) -> DataArguments:
     return replace(data, sources=sources)
 
 
+def _share_by_size(mixture: Mixture, data: DataArguments) -> None:
+    """Correct the shares of sources that a plan streams and training does not: without weights, by their sizes."""
+    counted = mixture.report.sources
+    if any(source.weight for source in data.sources) or any(not each.available for each in counted):
+        return
+    total = sum(each.available for each in counted)
+    for each in counted:
+        each.share = each.available / total
+
+
+def _passes(recipe: Recipe, mixture: Mixture | TrainingTraces | None) -> dict[str, float]:
+    """Return how often the run reads each row of a source, by its name, where that is known."""
+    training = recipe.training
+    steps_take = training.max_steps * samples_a_step(recipe) if training.max_steps > 0 else 0
+    if mixture is None:
+        return _passes_as_published(recipe, steps_take) if recipe.traces is None else {}
+    if isinstance(mixture, TrainingTraces):
+        different = len(mixture.rows)
+        times = steps_take / different if steps_take else training.num_train_epochs
+        return {"the traces": times}
+    if not steps_take:
+        return {}
+    counted = mixture.report.sources
+    return {each.name: steps_take * each.share / each.available for each in counted if each.available}
+
+
+def _passes_as_published(recipe: Recipe, draws: int) -> dict[str, float]:
+    """Return the same for a Hub that cannot be reached, by the sizes that are known of its data sets."""
+    sizes, sources = {}, recipe.data.sources
+    for source in sources:
+        rows = (terms_of(source.name).rows or {}).get(source.split)
+        if rows is not None:
+            sizes[source.name] = rows if source.max_samples is None else min(rows, source.max_samples)
+    if len(sizes) < len(sources) or not draws:
+        return {}
+    weights = {source.name: source.weight or sizes[source.name] for source in sources}
+    total = sum(weights.values())
+    return {name: draws * weights[name] / total / sizes[name] for name in sizes}
+
+
 def _steps(recipe: Recipe, mixture: Mixture | TrainingTraces | None) -> str:
+    """Say how many steps there are, of how many samples, and how often each row is read."""
+    lines = [_counted_steps(recipe, mixture)]
+    for name, times in _passes(recipe, mixture).items():
+        lines.append(
+            f"WARNING: {repeated(name, times)}"
+            if times > MANY_PASSES
+            else f"each row of {name} is read {times:.2f} times"
+        )
+    return "\n".join(lines)
+
+
+def _counted_steps(recipe: Recipe, mixture: Mixture | TrainingTraces | None) -> str:
     training = recipe.training
     each = samples_a_step(recipe)
     how = (

@@ -20,8 +20,9 @@ from siq_vl.hub import BEFORE_AFTER_FILE, CURVE_FILE, EMERGENCE_FIGURE, SCORES_F
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.plots import learning_curve_plot
 from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.terms import inherited, made_from
 from siq_vl.training.quantization import merge_adapter
-from siq_vl.training.recipes import Recipe, backbones_of
+from siq_vl.training.recipes import Recipe, backbones_of, starting_checkpoint
 from siq_vl.training.stages import freeze_for_stage
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,16 @@ def _settings(
         "run": asdict(recipe.run),
         "training": {name: value for name, value in recipe.training.to_dict().items() if name not in _PRIVATE_SETTINGS},
     }
+    settings["made_from"] = sorted({*made_from(settings), *_inherited(recipe)})
     return _portable(settings)
+
+
+def _inherited(recipe: Recipe) -> list[str]:
+    """Return what the checkpoint that a stage starts from was made from."""
+    if recipe.stage == "1" or recipe.model.random_weights:
+        return []
+    start = starting_checkpoint(recipe)
+    return inherited(Path(start)) or [start]
 
 
 def _best(trainer: SFTTrainer) -> dict | None:

@@ -6,6 +6,7 @@ import tempfile
 import torch
 from transformers import set_seed
 
+from siq_vl.data.hub_errors import unreadable_model
 from siq_vl.loading import load_model, load_processor
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
@@ -65,15 +66,21 @@ def _join_backbones(recipe: Recipe, dtype: torch.dtype) -> tuple[SiQVLForConditi
         )
     tower, language_model = local_or_hub(model.vision_tower), local_or_hub(model.language_model)
     logger.info("stage 1 of recipe %s joins %s and %s", recipe.name, model.vision_tower, model.language_model)
-    processor = SiQVLProcessor.from_backbones(tower, language_model, pixel_shuffle_factor=model.pixel_shuffle_factor)
-    built = SiQVLForConditionalGeneration.from_backbones(
-        tower,
-        language_model,
-        image_token_id=processor.image_token_id,
-        vision_start_token_id=processor.vision_start_token_id,
-        vision_end_token_id=processor.vision_end_token_id,
-        projector_type=model.projector_type,
-        pixel_shuffle_factor=model.pixel_shuffle_factor,
-        dtype=dtype,
-    )
+    # The processor reads both backbones' small files, so that an id that cannot be had is found before any weights.
+    try:
+        processor = SiQVLProcessor.from_backbones(
+            tower, language_model, pixel_shuffle_factor=model.pixel_shuffle_factor
+        )
+        built = SiQVLForConditionalGeneration.from_backbones(
+            tower,
+            language_model,
+            image_token_id=processor.image_token_id,
+            vision_start_token_id=processor.vision_start_token_id,
+            vision_end_token_id=processor.vision_end_token_id,
+            projector_type=model.projector_type,
+            pixel_shuffle_factor=model.pixel_shuffle_factor,
+            dtype=dtype,
+        )
+    except OSError as error:
+        raise unreadable_model(f"{model.vision_tower} or {model.language_model}", error) from error
     return built, processor
