@@ -31,7 +31,7 @@ def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress
     samples = options.store.samples
     progress = Progress()
     for teacher in options.teachers():
-        budget = options.budget()
+        budget = options.budget(teacher)
         budget.carry_over(store.spent(teacher.name))
         run = Run(
             teacher,

@@ -21,12 +21,12 @@ from siq_vl.distill.questions import (
 )
 from siq_vl.distill.selection import Selection
 from siq_vl.distill.teachers.base import Teacher
+from siq_vl.distill.teachers.models import defaults_for, request_fields
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
 from siq_vl.distill.verification import Verification
 
 TEACHERS = ("figures", "transformers", "openai")
-DEFAULT_MAX_NEW_TOKENS = 1024
 _DRAWN_COUNT = 300
 
 
@@ -106,7 +106,10 @@ class TeacherArguments:
     max_new_tokens: int = field(
         default=0, metadata={"help": "bound on a reply, in the teacher's tokens; default: the teacher's own"}
     )
-    sampling: str | None = field(default=None, metadata={"help": "JSON, such as '{\"temperature\": 0.6}'"})
+    sampling: str | None = field(
+        default=None,
+        metadata={"help": "JSON, such as '{\"temperature\": 0.6}', in place of what the model's card has"},
+    )
     seed: int = field(default=0, metadata={"help": "of sampling, and of the oracle's faults"})
     style: list[str] = field(
         default_factory=lambda: list(STYLES), metadata={"choices": STYLES, "help": "figures: one teacher each"}
@@ -121,7 +124,11 @@ class TeacherArguments:
         # Looked at here, since the model is loaded before its prompts are.
         if self.prompts is not None and self.prompts not in families():
             raise ValueError(f"--prompts is {self.prompts!r}; it must be one of {', '.join(families())}")
-        _ = self.sampling_settings
+        for bound in ("max_tokens", "max_new_tokens"):
+            if self.max_new_tokens and bound in self.sampling_settings:
+                raise ValueError(
+                    f"--max_new_tokens is {self.max_new_tokens}, and --sampling sets {bound} too: bound a reply in one place"
+                )
 
     @property
     def sampling_settings(self) -> dict:
@@ -175,9 +182,17 @@ class Options:
             for style in dict.fromkeys(asked.style):
                 yield FiguresTeacher(style, asked.error_rate, asked.seed)
         elif asked.teacher == "openai":
-            sampling = {"max_tokens": asked.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, "seed": asked.seed}
-            sampling.update(asked.sampling_settings)
-            yield ServerTeacher(asked.model or "", self.server, sampling=sampling, revision=asked.revision or "")
+            model = asked.model or ""
+            defaults = defaults_for(model)
+            given = {"seed": asked.seed, **asked.sampling_settings}
+            yield ServerTeacher(
+                model,
+                self.server,
+                sampling=request_fields(model, given, asked.max_new_tokens),
+                revision=asked.revision or "",
+                prompts_family=defaults.prompts,
+                system=defaults.system,
+            )
         else:
             from siq_vl.distill.teachers.local import TransformersTeacher  # loads torch: the other teachers need none
 
@@ -196,10 +211,9 @@ class Options:
         family = self.teacher.prompts or teacher.prompts_family
         return Prompts(family, self.teacher.hint, self.teacher.target_words)
 
-    def budget(self) -> Budget:
+    def budget(self, teacher: Teacher) -> Budget:
         """Return a teacher's budget; what earlier runs have spent is not yet counted."""
-        bound = self.teacher.max_new_tokens or self.teacher.sampling_settings.get("max_tokens")
-        return Budget(self.limits, max_new_tokens=bound or DEFAULT_MAX_NEW_TOKENS)
+        return Budget(self.limits, max_new_tokens=teacher.max_new_tokens)
 
 
 def parse_options(description: str, argv: list[str] | None = None) -> Options:
