@@ -20,7 +20,7 @@ from siq_vl.distill.selection import record_rules, update_verdicts
 from siq_vl.distill.store_page import write_page
 from siq_vl.distill.teachers.base import TeacherLost
 from siq_vl.distill.traces import TraceStore
-from siq_vl.distill.yields import store_yield, tables
+from siq_vl.distill.yields import longer_replies, store_yield, tables
 
 INTERRUPTED = 130
 
@@ -75,8 +75,15 @@ def main() -> None:
         update_verdicts(store, options.verification, options.selection, progress=True)
         if lost is not None and not store.shards():
             raise lost
-    for title, table in tables(store_yield(folder)).items():
+    found = store_yield(folder)
+    for title, table in tables(found).items():
         print(f"\n{title}\n\n{table}")
+    for name, teacher in found.teachers.items():
+        if teacher.cut:
+            print(
+                f"\nWARNING: {len(teacher.cut)} replies of {name} were cut off; the same command with "
+                f"{longer_replies(teacher)} asks for these again, and for no others"
+            )
     write_card(folder)
     print(f"\ntraces: {folder}/data, page: {write_page(folder)}")
     if lost is not None:

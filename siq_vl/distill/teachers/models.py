@@ -83,7 +83,8 @@ def generate_arguments(model: str, given: Mapping, max_new_tokens: int = 0) -> d
     if not arguments["do_sample"]:
         for name in _ONLY_SAMPLED:
             arguments.pop(name, None)
-    return {**arguments, "max_new_tokens": _bound(arguments, max_new_tokens, defaults)}
+    bound = _bound(arguments, max_new_tokens, defaults)
+    return {**arguments, "max_new_tokens": bound}
 
 
 def request_fields(model: str, given: Mapping, max_new_tokens: int = 0) -> dict:
