@@ -19,7 +19,7 @@ from siq_vl.distill.questions import LeftOut
 from siq_vl.distill.selection import record_rules, update_verdicts
 from siq_vl.distill.store_page import write_page
 from siq_vl.distill.teachers.base import TeacherLost
-from siq_vl.distill.traces import TraceStore
+from siq_vl.distill.traces import TraceStore, evaluated
 from siq_vl.distill.yields import longer_replies, store_yield, tables
 
 INTERRUPTED = 130
@@ -29,6 +29,9 @@ def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress
     """Ask every teacher what is missing; stop early where one's budget is spent or the run is interrupted."""
     record_rules(store, options.verification)
     samples = options.store.samples
+    store.note_questions(options.questions.described())
+    for asked in evaluated(store.folder):
+        print(f"WARNING: the store has questions of {asked}: do not evaluate on it what is trained on these traces")
     progress = Progress()
     for teacher in options.teachers():
         budget = options.budget(teacher)
