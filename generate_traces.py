@@ -19,8 +19,8 @@ from siq_vl.distill.questions import LeftOut
 from siq_vl.distill.selection import record_rules, update_verdicts
 from siq_vl.distill.store_page import write_page
 from siq_vl.distill.teachers.base import TeacherLost
-from siq_vl.distill.traces import TraceStore
-from siq_vl.distill.yields import store_yield, tables
+from siq_vl.distill.traces import TraceStore, evaluated
+from siq_vl.distill.yields import longer_replies, store_yield, tables
 
 INTERRUPTED = 130
 
@@ -29,9 +29,12 @@ def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress
     """Ask every teacher what is missing; stop early where one's budget is spent or the run is interrupted."""
     record_rules(store, options.verification)
     samples = options.store.samples
+    store.note_questions(options.questions.described())
+    for asked in evaluated(store.folder):
+        print(f"WARNING: the store has questions of {asked}: do not evaluate on it what is trained on these traces")
     progress = Progress()
     for teacher in options.teachers():
-        budget = options.budget()
+        budget = options.budget(teacher)
         budget.carry_over(store.spent(teacher.name))
         run = Run(
             teacher,
@@ -75,8 +78,15 @@ def main() -> None:
         update_verdicts(store, options.verification, options.selection, progress=True)
         if lost is not None and not store.shards():
             raise lost
-    for title, table in tables(store_yield(folder)).items():
+    found = store_yield(folder)
+    for title, table in tables(found).items():
         print(f"\n{title}\n\n{table}")
+    for name, teacher in found.teachers.items():
+        if teacher.cut:
+            print(
+                f"\nWARNING: {len(teacher.cut)} replies of {name} were cut off; the same command with "
+                f"{longer_replies(teacher)} asks for these again, and for no others"
+            )
     write_card(folder)
     print(f"\ntraces: {folder}/data, page: {write_page(folder)}")
     if lost is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from siq_vl.distill.traces import write_text
+from siq_vl.distill.traces import evaluated, origins, write_text
 from siq_vl.distill.yields import sealed_traces, store_yield, tables
 
 _CARD = """\
@@ -40,6 +40,10 @@ settings; the raw output, taken apart into `rationale` and `answer`; and the ver
 shown the gold answer. `agreement` is the share of the question's other answers that are the same.
 {tables}
 
+## Questions
+
+{questions}
+
 ## Teachers
 
 {settings}
@@ -66,6 +70,7 @@ def write_card(folder: Path) -> Path:
     for title, table in tables(found).items():
         shown_tables += f"\n## {title}\n\n{table}\n"
     rules = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    rules.pop("questions", None)
     text = _CARD.format(
         size=_size_category(found.made),
         made=found.made,
@@ -73,6 +78,7 @@ def write_card(folder: Path) -> Path:
         teachers=", ".join(f"`{name}`" for name in sorted(found.teachers)),
         note=note,
         tables=shown_tables,
+        questions="\n".join(questions_lines(folder)),
         settings="\n".join(_settings(folder)),
         rules=json.dumps(rules, indent=2),
     )
@@ -87,6 +93,22 @@ def _size_category(rows: int) -> str:
         if rows < bound:
             return category
     return _LARGEST
+
+
+def questions_lines(folder: Path) -> list[str]:
+    """Return a line for each source of questions, and one for what must not be evaluated."""
+    lines = []
+    for origin in origins(folder):
+        parts = [f"`{origin['source']}`"]
+        for name in ("subset", "split"):
+            if name in origin:
+                parts.append(f"{name} `{origin[name]}`")
+        lines.append(f"- {', '.join(parts)}")
+    if not lines:
+        lines.append("The store does not say where its questions are from.")
+    if found := evaluated(folder):
+        lines.append(f"- **Do not evaluate what is trained on these traces on {', '.join(found)}.**")
+    return lines
 
 
 def _settings(folder: Path) -> list[str]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from siq_vl.data.adapters import FORMATS
 from siq_vl.data.figures.dataset import SPLITS, STYLES
+from siq_vl.data.sources import FIGURES, Source, SourceConfig
 from siq_vl.distill.budget import Budget, BudgetLimits
 from siq_vl.distill.prompts import Prompts, families
 from siq_vl.distill.questions import (
@@ -18,15 +20,17 @@ from siq_vl.distill.questions import (
     TraceQuestion,
     figure_questions,
     file_questions,
+    is_file_of_questions,
 )
 from siq_vl.distill.selection import Selection
+from siq_vl.distill.source_questions import TURNS, source_questions
 from siq_vl.distill.teachers.base import Teacher
+from siq_vl.distill.teachers.models import defaults_for, request_fields
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
 from siq_vl.distill.verification import Verification
 
 TEACHERS = ("figures", "transformers", "openai")
-DEFAULT_MAX_NEW_TOKENS = 1024
 _DRAWN_COUNT = 300
 
 
@@ -47,42 +51,111 @@ class StoreArguments:
 
 @dataclass
 class QuestionArguments:
-    """Where the questions are from."""
+    """Where the questions are from: drawn figures, a file of questions, or any source of a recipe, by its fields."""
 
-    _argument_group_name = "questions"
+    _argument_group_name = "questions, of a source with the fields of a recipe's `sources`"
 
-    questions: Path | None = field(
-        default=None, metadata={"help": "a .jsonl or .parquet file; by default drawn figures"}
+    questions: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--source"],
+            "metavar": "PATH",
+            "help": "a Hub id, file or folder that a recipe could train on, or a file of questions; default: drawn figures",
+        },
     )
     count: int | None = field(
-        default=None, metadata={"help": f"how many; default: {_DRAWN_COUNT} drawn ones, or the whole file"}
+        default=None, metadata={"help": f"how many; default: {_DRAWN_COUNT} drawn ones, or all of a source"}
     )
-    split: str = field(default="train", metadata={"choices": SPLITS, "help": "of the drawn figures"})
+    split: str = field(default="train", metadata={"help": f"to read; of the drawn figures {', '.join(SPLITS)}"})
+    subset: str | None = field(default=None, metadata={"help": "configuration of a Hub data set, or a sub-folder"})
+    format: str | None = field(
+        default=None, metadata={"help": f"one of {', '.join(FORMATS)}; by default told by the columns"}
+    )
+    data_files: str | None = field(default=None, metadata={"help": "file of a Hub data set, where it has several"})
+    streaming: bool = field(default=False, metadata={"help": "read a Hub data set row by row, rather than all of it"})
+    instruction: str | None = field(default=None, metadata={"help": "added to every question; for captions, asks"})
+    turns: str = field(
+        default="all", metadata={"choices": TURNS, "help": "of a row with several questions: all, or the first alone"}
+    )
     figures_seed: int = field(default=3, metadata={"help": "stream of drawn figures"})
-    task: str = field(
-        default="general", metadata={"choices": PROMPT_TASKS, "help": "of a file's questions that name none"}
+    task: str | None = field(
+        default=None,
+        metadata={"choices": PROMPT_TASKS, "help": "which prompt; default: a file's own, or what suits the format"},
     )
     image_root: Path | None = field(
-        default=None, metadata={"help": "pictures are read below it; default: the file's folder"}
+        default=None,
+        metadata={
+            "aliases": ["--image_folder"],
+            "help": "pictures are read below it; default: the folder of the rows",
+        },
     )
-    allow_remote: bool = field(default=False, metadata={"help": "download pictures that are given as URLs"})
+    allow_remote: bool = field(
+        default=False,
+        metadata={"aliases": ["--allow_remote_images"], "help": "download pictures that are given as URLs"},
+    )
 
     def __post_init__(self) -> None:
         if self.count is None:
-            # 0 stands for all of a file's questions; drawn ones have no end.
+            # 0 stands for all of a source's questions; drawn ones have no end.
             self.count = 0 if self.questions else _DRAWN_COUNT
         if self.count < 0:
-            raise ValueError(f"--count is {self.count}; it must be at least 1, or 0 for all of a file's questions")
+            raise ValueError(f"--count is {self.count}; it must be at least 1, or 0 for all of a source's questions")
         if not self.count and not self.questions:
             raise ValueError("--count is 0; the drawn data has no end, so pass how many questions to draw")
+        if not self.questions and self.split not in SPLITS:
+            raise ValueError(f"--split is {self.split!r}; of the drawn figures it must be one of {', '.join(SPLITS)}")
+        for name in ("subset", "format", "data_files", "instruction", "streaming"):
+            if getattr(self, name) and not self.questions:
+                raise ValueError(f"--{name} is about a source: name it with --questions")
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(f"--format is {self.format!r}; it must be one of {', '.join(FORMATS)}")
+
+    @property
+    def _is_file_of_questions(self) -> bool:
+        """Whether the questions are in the form of this project's own files, rather than in a published one."""
+        named = self.subset or self.format or self.data_files or self.instruction or self.streaming
+        return not named and is_file_of_questions(Path(self.questions or ""))
+
+    def described(self) -> dict[str, str]:
+        """Return what a store notes of where its questions are from."""
+        if not self.questions:
+            return {"source": FIGURES, "split": self.split}
+        # Never an absolute path: a store is shared.
+        path = Path(self.questions)
+        noted = {"source": path.resolve().name if path.exists() else self.questions}
+        if self.subset:
+            noted["subset"] = self.subset
+        if not self._is_file_of_questions:  # such a file says nothing of splits
+            noted["split"] = self.split
+        return noted
 
     def open(self, left_out: LeftOut | None = None) -> Iterator[TraceQuestion]:
-        """Yield the questions; rows of a file that cannot be asked go to `left_out`."""
+        """Return the questions; rows of a file or source that cannot be asked go to `left_out`."""
         count = self.count or 0
         if self.questions is None:
             return figure_questions(count, split=self.split, seed=self.figures_seed)
-        policy = ImagePolicy(self.image_root or self.questions.parent, self.allow_remote)
-        return file_questions(self.questions, policy, task=self.task, limit=count, left_out=left_out)
+        path = Path(self.questions)
+        if self._is_file_of_questions:
+            policy = ImagePolicy(self.image_root or path.parent, self.allow_remote)
+            return file_questions(path, policy, task=self.task or "general", limit=count, left_out=left_out)
+        if path.is_file() and path.suffix not in (".jsonl", ".json", ".parquet"):
+            raise ValueError(
+                f"{path.name} is no source of questions: pass a .jsonl, .json or .parquet file, or a folder"
+            )
+        source = Source(
+            SourceConfig(
+                path=self.questions,
+                format=self.format,
+                subset=self.subset,
+                data_files=self.data_files,
+                split=self.split,
+                streaming=self.streaming,
+                image_folder=str(self.image_root) if self.image_root else None,
+                allow_remote_images=self.allow_remote,
+                instruction=self.instruction,
+            )
+        )
+        return source_questions(source, task=self.task, turns=self.turns, limit=count, left_out=left_out)
 
 
 @dataclass
@@ -106,7 +179,10 @@ class TeacherArguments:
     max_new_tokens: int = field(
         default=0, metadata={"help": "bound on a reply, in the teacher's tokens; default: the teacher's own"}
     )
-    sampling: str | None = field(default=None, metadata={"help": "JSON, such as '{\"temperature\": 0.6}'"})
+    sampling: str | None = field(
+        default=None,
+        metadata={"help": "JSON, such as '{\"temperature\": 0.6}', in place of what the model's card has"},
+    )
     seed: int = field(default=0, metadata={"help": "of sampling, and of the oracle's faults"})
     style: list[str] = field(
         default_factory=lambda: list(STYLES), metadata={"choices": STYLES, "help": "figures: one teacher each"}
@@ -121,7 +197,12 @@ class TeacherArguments:
         # Looked at here, since the model is loaded before its prompts are.
         if self.prompts is not None and self.prompts not in families():
             raise ValueError(f"--prompts is {self.prompts!r}; it must be one of {', '.join(families())}")
-        _ = self.sampling_settings
+        sampling = self.sampling_settings
+        for bound in ("max_tokens", "max_new_tokens"):
+            if self.max_new_tokens and bound in sampling:
+                raise ValueError(
+                    f"--max_new_tokens is {self.max_new_tokens}, and --sampling sets {bound} too: bound a reply in one place"
+                )
 
     @property
     def sampling_settings(self) -> dict:
@@ -175,9 +256,17 @@ class Options:
             for style in dict.fromkeys(asked.style):
                 yield FiguresTeacher(style, asked.error_rate, asked.seed)
         elif asked.teacher == "openai":
-            sampling = {"max_tokens": asked.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, "seed": asked.seed}
-            sampling.update(asked.sampling_settings)
-            yield ServerTeacher(asked.model or "", self.server, sampling=sampling, revision=asked.revision or "")
+            model = asked.model or ""
+            defaults = defaults_for(model)
+            given = {"seed": asked.seed, **asked.sampling_settings}
+            yield ServerTeacher(
+                model,
+                self.server,
+                sampling=request_fields(model, given, asked.max_new_tokens),
+                revision=asked.revision or "",
+                prompts_family=defaults.prompts,
+                system=defaults.system,
+            )
         else:
             from siq_vl.distill.teachers.local import TransformersTeacher  # loads torch: the other teachers need none
 
@@ -196,10 +285,9 @@ class Options:
         family = self.teacher.prompts or teacher.prompts_family
         return Prompts(family, self.teacher.hint, self.teacher.target_words)
 
-    def budget(self) -> Budget:
+    def budget(self, teacher: Teacher) -> Budget:
         """Return a teacher's budget; what earlier runs have spent is not yet counted."""
-        bound = self.teacher.max_new_tokens or self.teacher.sampling_settings.get("max_tokens")
-        return Budget(self.limits, max_new_tokens=bound or DEFAULT_MAX_NEW_TOKENS)
+        return Budget(self.limits, max_new_tokens=teacher.max_new_tokens)
 
 
 def parse_options(description: str, argv: list[str] | None = None) -> Options:

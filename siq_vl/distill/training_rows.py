@@ -29,7 +29,7 @@ from siq_vl.data.preprocessing import DropLog, Preprocessor
 from siq_vl.distill.choice import PlannedRow, TraceChoice, choose, order_epoch, split_by_question
 from siq_vl.distill.descriptions import Descriptions
 from siq_vl.distill.trace_arguments import TraceArguments
-from siq_vl.distill.traces import read_traces
+from siq_vl.distill.traces import evaluated, read_traces
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,8 @@ def training_traces(
         raise ValueError("traces names no store: set it to the folder that generate_traces.py wrote")
     folder = Path(config.traces)
     stored = _open(folder)
+    if found := evaluated(folder):
+        logger.warning("the traces are of %s: do not evaluate on it what is trained on them", ", ".join(found))
     weights = _weights(config, stored, folder)
 
     drops = DropLog(max_bad_share, drop_log)
