@@ -12,7 +12,8 @@ import pytest
 from chat_server import serving
 from PIL import Image
 
-from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.data.mixture_config import SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.distill.options import parse_options
 from siq_vl.distill.questions import LeftOut, TraceQuestion
 from siq_vl.distill.source_questions import source_questions

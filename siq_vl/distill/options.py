@@ -10,7 +10,8 @@ from transformers import HfArgumentParser
 
 from siq_vl.data.adapters import FORMATS
 from siq_vl.data.figures.dataset import SPLITS, STYLES
-from siq_vl.data.sources import FIGURES, Source, SourceConfig
+from siq_vl.data.mixture_config import FIGURES, SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.distill.budget import Budget, BudgetLimits
 from siq_vl.distill.prompts import Prompts, families
 from siq_vl.distill.questions import (
