@@ -179,11 +179,16 @@ def _push(size: str) -> list[Step]:
     return [
         Step(
             f"{size}: push",
-            f"accelerate launch train_distill.py --recipe {size} --config internvl_chartqa --push_to_hub true",
-            SHORT,
-            makes=(f"{folder}/config.json",),
-            says=f"pushed .* to rehearsal/{size}, revision stage-3",
+            f"python -m siq_vl.hub {folder} --repo_id rehearsal/{size}-chartqa --revision main",
+            says=f"/rehearsal/{size}-chartqa/commit/",
             needs=(f"{size}: stage 3, A.4",),
+            quick=size == SIZES[0],
+        ),
+        Step(
+            f"{size}: a stranger asks what was pushed",
+            f"python ask.py docs/example.png What? --model rehearsal/{size}-chartqa --max_new_tokens 8",
+            says="answer: ",
+            needs=(f"{size}: push",),
             quick=size == SIZES[0],
         ),
     ]

@@ -17,6 +17,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -161,8 +162,9 @@ class Walk:
     def __init__(self, folder: Path, steps: list[Step], forked: bool):
         self.folder, self.steps = folder, steps
         self.work, self.logs, self.record = folder / "work", folder / "logs", folder / "log.json"
-        for path in (self.work, self.logs):
+        for path in (self.work / "docs", self.logs):
             path.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO_ROOT / "docs" / "example.png", self.work / "docs")
         self.done: dict[str, Done] = {}
         if self.record.exists():
             told = json.loads(self.record.read_text())["steps"]

@@ -1,5 +1,10 @@
-"""Model cards of stage checkpoints, and pushing them to the Hub."""
+"""
+Model cards of stage checkpoints, and pushing them to the Hub.
 
+    python -m siq_vl.hub outputs/tiny/stage3 --repo_id me/siq-vl-tiny     # a finished checkpoint, with what was measured of it
+"""
+
+import argparse
 import json
 import logging
 import time
@@ -9,6 +14,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
+from siq_vl import cli
 from siq_vl.terms import is_hub_id, licence_for, made_from, terms_table
 
 logger = logging.getLogger(__name__)
@@ -309,3 +315,18 @@ def _with_retries(request, arguments: dict, token: str | None, attempts: int, wa
 
 def _without_token(text: str, token: str | None) -> str:
     return text.replace(token, "<token>") if token else text
+
+
+def main() -> None:
+    """Push a checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what a stage left")
+    parser.add_argument("--repo_id", help="by default the recipe's name, under the token's own account")
+    parser.add_argument("--revision", help="a branch; stage-<n> by default")
+    parser.add_argument("--private", action="store_true", default=None, help="where the repository is a new one")
+    options = parser.parse_args()
+    cli.say(push_stage(options.folder, repo_id=options.repo_id, revision=options.revision, private=options.private))
+
+
+if __name__ == "__main__":
+    cli.run(main)

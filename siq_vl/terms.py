@@ -92,7 +92,9 @@ def made_from(settings: Mapping) -> list[str]:
     sources = (settings.get("data") or {}).get("sources") or []
     names = [*(settings.get("backbones") or {}).values(), *(settings.get("made_from") or [])]
     if settings.get("traces"):
+        counted = (settings.get("data_counts") or {}).get("sources") or []
         names += [given.partition("=")[0] for given in settings["traces"].get("teachers") or []]
+        names += [each["name"] for each in counted]  # of a store of which every teacher is used
     else:
         names += [source_name(source) for source in sources if isinstance(source, Mapping)]
     return sorted({name for name in names if is_hub_id(name)})

@@ -18,7 +18,7 @@ from siq_vl.planning.sizes import Memory, Sizes, count, memory_table, size_table
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.terms import inherited, licence_for, made_from, terms_of, terms_table
 from siq_vl.training.backbones import planned_config, stand_in_processor
-from siq_vl.training.checkpoints import samples_a_step
+from siq_vl.training.checkpoints import asked_from, samples_a_step
 from siq_vl.training.recipes import (
     RECIPES,
     REPO_ROOT,
@@ -152,7 +152,7 @@ def _terms(recipe: Recipe) -> str:
     """Say what the model will be made from, under which terms, and what licence its card will therefore name."""
     names = set(made_from({"backbones": dict(enumerate(backbones_of(recipe)))}))
     if recipe.traces is not None:
-        names.update(made_from({"traces": asdict(recipe.traces)}))
+        names.update(made_from({"traces": asdict(recipe.traces)}), asked_from(recipe))
     else:
         names.update(made_from({"data": asdict(recipe.data)}))
     if recipe.stage != "1" and not recipe.model.random_weights:
