@@ -11,6 +11,8 @@ SHORT = (
     "--max_steps 2 --effective_batch_size 2 --per_device_train_batch_size 1 --dataloader_num_workers 0 --logging_steps 1 "
     "--sample_steps 0 --eval_steps 1 --save_steps 1"
 )
+# Of a few questions the recipes' share for validation would be none.
+FEW = "--validation_share 0.2"
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _stages(size: str, major: str) -> list[Step]:
             Step(
                 f"{size}: stage 3, {name}",
                 f"accelerate launch train_distill.py --recipe {size} --config {config}",
-                SHORT,
+                f"{SHORT} {FEW}" if name == "A.5" else SHORT,
                 makes=(f"{folder}/config.json", f"{folder}/README.md"),
                 needs=(f"{size}: stage 2", traces),
                 majors=("5",) if name == "A.6" else ("4", "5"),
@@ -149,7 +151,7 @@ def _stages(size: str, major: str) -> list[Step]:
         Step(
             f"{size}: stage 3, the union",
             f"accelerate launch train_distill.py --recipe {size}{teachers}",
-            SHORT,
+            f"{SHORT} {FEW}",
             makes=(f"{out}/stage3/config.json", f"{out}/stage3/README.md"),
             needs=(f"{size}: stage 2", "traces of InternVL on ChartQA (A.4)", "traces of Qwen3-VL on COCO-QA (A.5)"),
         )
@@ -197,9 +199,11 @@ def _push(size: str) -> list[Step]:
 def script_of(command: str, repo: Path) -> list[str]:
     """Return the script that a command runs, below the repository, and its arguments.
 
-    `python` and `accelerate launch` are left out: they are the runner's part.
+    `python` and `accelerate launch` are left out: they are the runner's part. `hf` is run as the module that it is.
     """
     words = command.split()
+    if words[0] == "hf":
+        return ["-m", "huggingface_hub.cli.hf", *words[1:]]
     while words[0] in ("python", "accelerate", "launch"):
         words = words[1:]
     if words[0] == "-m":

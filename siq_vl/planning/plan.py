@@ -332,7 +332,7 @@ def longest_row(recipe: Recipe, task: str) -> int:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:240]
+    return " ".join(str(error).split())[:1000]
 
 
 def _processor(recipe: Recipe) -> SiQVLProcessor:
