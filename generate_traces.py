@@ -2,8 +2,11 @@
 Reasoning traces for stage 3, generated offline, verified, once.
 
     python generate_traces.py --teacher figures --count 300
-    python generate_traces.py --teacher transformers --model Qwen/Qwen3-VL-2B-Thinking --questions mine.jsonl
+    python generate_traces.py --teacher transformers --model Qwen/Qwen3-VL-2B-Instruct --questions mine.jsonl
     OPENAI_API_KEY=... python generate_traces.py --teacher openai --model NAME --base_url http://host:8000/v1 --questions mine.jsonl
+
+`--questions` takes what a recipe's sources take, too: a Hub id, a folder, a published file. With `--describe` no questions
+are asked: a teacher describes the pictures of the store's kept traces, for a student that reads in place of seeing.
 
 The store (`--output`, `outputs/traces` by default) holds one row a trace, kept or rejected with its reasons; a second run,
 with more teachers, samples or questions, does only what is missing. Its page is `report.html`.
@@ -28,7 +31,6 @@ INTERRUPTED = 130
 def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress:
     """Ask every teacher what is missing; stop early where one's budget is spent or the run is interrupted."""
     record_rules(store, options.verification)
-    samples = options.store.samples
     store.note_questions(options.questions.described())
     for asked in evaluated(store.folder):
         print(f"WARNING: the store has questions of {asked}: do not evaluate on it what is trained on these traces")
@@ -41,13 +43,12 @@ def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress
             options.prompts(teacher),
             store,
             options.verification,
-            samples=samples,
+            samples=options.store.samples,
             budget=budget,
-            embed=options.store.images == "embed",
+            # Pictures that are described lie in the store of traces already.
+            embed=options.store.images == "embed" and not options.questions.describe,
         )
-        # How many questions a file holds is not known before it has been read.
-        total = options.questions.count * samples if options.questions.count else None
-        progress = run.over(options.questions.open(left_out), total)
+        progress = run.over(options.open_questions(left_out), options.total)
         print(
             f"{teacher.name}: {progress.made} new traces, {progress.skipped} were there, {progress.failed} without answer"
         )
@@ -65,7 +66,7 @@ def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress
 
 def main() -> None:
     options = parse_options(__doc__)
-    folder = options.store.output
+    folder = options.folder
     lost: TeacherLost | None = None
     with TraceStore(folder) as store:
         if options.store.retry_failed:
@@ -75,7 +76,7 @@ def main() -> None:
         except TeacherLost as error:
             progress, lost = Progress(ended="lost"), error
         # A teacher that is lost halfway leaves traces that were paid for: they are judged and shown before it is told.
-        update_verdicts(store, options.verification, options.selection, progress=True)
+        update_verdicts(store, options.verification, options.selected, progress=True)
         if lost is not None and not store.shards():
             raise lost
     found = store_yield(folder)
@@ -88,6 +89,8 @@ def main() -> None:
                 f"{longer_replies(teacher)} asks for these again, and for no others"
             )
     write_card(folder)
+    if options.questions.describe:
+        write_card(options.store.output)  # it counts the descriptions
     print(f"\ntraces: {folder}/data, page: {write_page(folder)}")
     if lost is not None:
         raise lost
@@ -96,7 +99,7 @@ def main() -> None:
     if progress.ended == "interrupted":
         sys.exit(INTERRUPTED)
     if options.store.push_to_hub:
-        print(push_to_hub(folder, options.store.push_to_hub))
+        print(push_to_hub(options.store.output, options.store.push_to_hub))
 
 
 if __name__ == "__main__":

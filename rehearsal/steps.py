@@ -96,6 +96,14 @@ def _traces(count: int) -> list[Step]:
         if majors == ("5",):
             refusal = "requirements-v5"
             steps.append(Step(f"refused: {name}", command, f"--count {count}", refuses=refusal, majors=("4",)))
+    steps.append(
+        Step(
+            "captions (A.5)",
+            f"python generate_traces.py --teacher transformers --output {TRACES} --model {QWEN} --describe caption ocr",
+            makes=(f"{TRACES}/descriptions/data",),
+            needs=("traces of Qwen3-VL on COCO-QA (A.5)",),
+        )
+    )
     wrong = INTERNVL.removesuffix("-HF")
     command = f"{base} --model {wrong} --source HuggingFaceM4/ChartQA"
     steps.append(Step("refused: InternVL in its first form", command, "--count 2", refuses="InternVL3_5-2B-HF"))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from siq_vl.distill.descriptions import DESCRIPTIONS
 from siq_vl.distill.traces import evaluated, origins, write_text
 from siq_vl.distill.yields import sealed_traces, store_yield, tables
 
@@ -54,6 +55,7 @@ shown the gold answer. `agreement` is the share of the question's other answers 
 {rules}
 ```
 """
+_OF_DESCRIPTIONS = (f"{DESCRIPTIONS}/data/traces-*.parquet", f"{DESCRIPTIONS}/*.json")  # the journal stays here
 _ASKED_HOW = ("teacher", "revision", "prompt", "sampling", "hinted")
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M"}  # the first bound above counts
 _LARGEST = "n>1M"
@@ -69,6 +71,10 @@ def write_card(folder: Path) -> Path:
     shown_tables = ""
     for title, table in tables(found).items():
         shown_tables += f"\n## {title}\n\n{table}\n"
+    # What teachers have said of the pictures, for students that see none, lies in a store inside this one.
+    if list((folder / DESCRIPTIONS / "data").glob("traces-*.parquet")):
+        for title, table in tables(store_yield(folder / DESCRIPTIONS)).items():
+            shown_tables += f"\n## Descriptions of the pictures, in `{DESCRIPTIONS}`: {title}\n\n{table}\n"
     rules = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     rules.pop("questions", None)
     text = _CARD.format(
@@ -138,7 +144,7 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool = True) -> str:
         repo_id=repo_id,
         repo_type="dataset",
         folder_path=str(folder),
-        allow_patterns=["data/traces-*.parquet", "README.md", "report.html", "settings.json"],
+        allow_patterns=["data/traces-*.parquet", "README.md", "report.html", "settings.json", *_OF_DESCRIPTIONS],
         commit_message="Reasoning traces",
     )
     return str(found)

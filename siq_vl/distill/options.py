@@ -13,6 +13,7 @@ from siq_vl.data.figures.dataset import SPLITS, STYLES
 from siq_vl.data.mixture_config import FIGURES, SourceConfig
 from siq_vl.data.sources import Source
 from siq_vl.distill.budget import Budget, BudgetLimits
+from siq_vl.distill.descriptions import DESCRIPTIONS, pictures_to_describe
 from siq_vl.distill.prompts import Prompts, families
 from siq_vl.distill.questions import (
     PROMPT_TASKS,
@@ -23,6 +24,7 @@ from siq_vl.distill.questions import (
     file_questions,
     is_file_of_questions,
 )
+from siq_vl.distill.schema import DESCRIPTION_TASKS
 from siq_vl.distill.selection import Selection
 from siq_vl.distill.source_questions import TURNS, source_questions
 from siq_vl.distill.teachers.base import Teacher
@@ -83,6 +85,14 @@ class QuestionArguments:
         default=None,
         metadata={"choices": PROMPT_TASKS, "help": "which prompt; default: a file's own, or what suits the format"},
     )
+    describe: list[str] = field(
+        default_factory=list,
+        metadata={
+            "choices": DESCRIPTION_TASKS,
+            "help": "ask no questions, but have the pictures of the store's kept traces described, for a student that "
+            "reads in place of seeing: their captions, the text in them, or both",
+        },
+    )
     image_root: Path | None = field(
         default=None,
         metadata={
@@ -96,12 +106,14 @@ class QuestionArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.describe and self.questions:
+            raise ValueError("--describe is about the pictures of the store's traces: leave --questions out")
         if self.count is None:
-            # 0 stands for all of a source's questions; drawn ones have no end.
-            self.count = 0 if self.questions else _DRAWN_COUNT
+            # 0 stands for all of a source's questions, or of a store's pictures; drawn ones have no end.
+            self.count = 0 if self.questions or self.describe else _DRAWN_COUNT
         if self.count < 0:
             raise ValueError(f"--count is {self.count}; it must be at least 1, or 0 for all of a source's questions")
-        if not self.count and not self.questions:
+        if not self.count and not self.questions and not self.describe:
             raise ValueError("--count is 0; the drawn data has no end, so pass how many questions to draw")
         if not self.questions and self.split not in SPLITS:
             raise ValueError(f"--split is {self.split!r}; of the drawn figures it must be one of {', '.join(SPLITS)}")
@@ -119,6 +131,8 @@ class QuestionArguments:
 
     def described(self) -> dict[str, str]:
         """Return what a store notes of where its questions are from."""
+        if self.describe:
+            return {"source": "pictures of the traces"}
         if not self.questions:
             return {"source": FIGURES, "split": self.split}
         # Never an absolute path: a store is shared.
@@ -246,7 +260,10 @@ class Options:
             raise ValueError(
                 "the figures teacher knows drawn figures alone: leave --questions out, or pass another --teacher"
             )
-        if self.store.images == "reference" and not self.questions.questions:
+        if self.teacher.teacher == "figures" and self.questions.describe:
+            raise ValueError("drawn figures have captions of their own: pass another --teacher to describe pictures")
+        drawn = not self.questions.questions and not self.questions.describe
+        if self.store.images == "reference" and drawn:
             raise ValueError("drawn pictures have no files to refer to: use --images embed")
 
     def teachers(self) -> Iterator[Teacher]:
@@ -281,9 +298,42 @@ class Options:
                 trust_remote_code=asked.trust_remote_code,
             )
 
+    @property
+    def folder(self) -> Path:
+        """The store that is written: of traces, or, inside it, of descriptions."""
+        if self.questions.describe:
+            return self.store.output / DESCRIPTIONS
+        return self.store.output
+
+    @property
+    def selected(self) -> Selection:
+        """How accepted traces are chosen among one another; of descriptions all are kept."""
+        if self.questions.describe:
+            return Selection(duplicates="none")
+        return self.selection
+
+    @property
+    def total(self) -> int | None:
+        """How many traces are wanted in all; None where that is not known before the questions have been read."""
+        asked = self.questions
+        if not asked.count:
+            return None
+        return asked.count * self.store.samples * max(1, len(asked.describe))
+
+    def open_questions(self, left_out: LeftOut) -> Iterator[TraceQuestion]:
+        """Return what is asked; rows that cannot be asked go to `left_out`."""
+        asked = self.questions
+        if asked.describe:
+            return pictures_to_describe(
+                self.store.output, asked.describe, image_root=asked.image_root, limit=asked.count or 0
+            )
+        return asked.open(left_out)
+
     def prompts(self, teacher: Teacher) -> Prompts:
         """Return the templates for a teacher: those asked for, or its own."""
         family = self.teacher.prompts or teacher.prompts_family
+        if self.questions.describe:
+            return Prompts(family, tasks=DESCRIPTION_TASKS)
         return Prompts(family, self.teacher.hint, self.teacher.target_words)
 
     def budget(self, teacher: Teacher) -> Budget:

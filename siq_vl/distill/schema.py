@@ -6,6 +6,8 @@ from typing import Annotated, TypedDict, get_type_hints
 
 from datasets import Features, Image, List, Value
 
+DESCRIPTION_TASKS = ("caption", "ocr")  # of stores of descriptions: what pictures show, and the text in them
+
 Text = Annotated[str, Value("string")]
 Texts = Annotated[list[str], List(Value("string"))]
 Images = Annotated[list[bytes], List(Image())]
@@ -23,7 +25,7 @@ class TeacherTrace(TypedDict):
         golds: the gold answers, one of which is enough; possibly none.
         choices: the texts of a multiple choice.
         kind: how answers are compared, one of `answers.KINDS`.
-        task: which prompt was used, one of `questions.PROMPT_TASKS`.
+        task: which prompt was used, one of `questions.PROMPT_TASKS`, or of `DESCRIPTION_TASKS`.
         teacher: the teacher's name.
         teacher_kind: `"figures"`, `"transformers"`, `"openai"`, or another that a `Teacher` of your own names.
         revision: of the teacher's weights or script.
