@@ -269,9 +269,10 @@ def _say(text: str) -> None:
 
 def table(steps: list[Done]) -> str:
     """Return the steps as a Markdown table."""
-    lines = ["| step | seconds | CPU-seconds | requests | outcome |", "|---|---:|---:|---:|---|"]
+    major = importlib.metadata.version("transformers").split(".")[0]
+    lines = [f"| step, transformers {major} | CPU-seconds | requests | outcome |", "|---|---:|---:|---|"]
     for step in steps:
-        lines.append(f"| {step.name} | {step.seconds:.0f} | {step.cpu:.0f} | {step.requests} | {step.outcome} |")
+        lines.append(f"| {step.name} | {step.cpu:.1f} | {step.requests} | {step.outcome} |")
     return "\n".join(lines)
 
 

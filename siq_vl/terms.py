@@ -25,6 +25,7 @@ class Terms:
         terms: a sentence, possibly empty.
         rows: by split.
         gb: to download.
+        verified: how this was found.
         known: whether the table has it.
     """
 
@@ -35,6 +36,7 @@ class Terms:
     terms: str = ""
     rows: Mapping[str, int] | None = None
     gb: float | None = None
+    verified: str = ""
     known: bool = True
 
     @property
@@ -50,8 +52,24 @@ def _table() -> dict[str, dict]:
 
 
 def known_ids() -> list[str]:
-    """Return the ids of the table."""
-    return list(_table())
+    """Return the ids of the table, each subset as `owner/name/subset`."""
+    names = []
+    for id, entry in _table().items():
+        names.append(id)
+        names += [f"{id}/{subset}" for subset in entry.get("subsets", {})]
+    return names
+
+
+def ids_table() -> str:
+    """Return the table as Markdown: what each id holds, under which terms, and how that was found."""
+    lines = ["| id | rows | GB | licence | access | to mind | verified by |", "|---|---|---:|---|---|---|---|"]
+    for name in known_ids():
+        found = terms_of(name)
+        rows = ", ".join(f"{split} {count:,}" for split, count in (found.rows or {}).items()) or "-"
+        size = "-" if found.gb is None else f"{found.gb:g}"
+        mind = "; ".join(_to_mind(found)) or "-"
+        lines.append(f"| {name} | {rows} | {size} | {_licence(found)} | {found.access} | {mind} | {found.verified} |")
+    return "\n".join(lines)
 
 
 def terms_of(name: str) -> Terms:
@@ -73,6 +91,7 @@ def terms_of(name: str) -> Terms:
         entry.get("terms", ""),
         entry.get("rows"),
         entry.get("gb"),
+        entry["verified"],
     )
 
 

@@ -19,7 +19,7 @@ from siq_vl.data.mixture_config import SourceConfig
 from siq_vl.evaluation.tables import markdown
 from siq_vl.planning.sizes import Sizes, count
 from siq_vl.results import write_results
-from siq_vl.terms import terms_of
+from siq_vl.terms import ids_table, terms_of
 from siq_vl.training.backbones import planned_config
 from siq_vl.training.checkpoints import samples_a_step
 from siq_vl.training.recipes import Recipe, parse_recipe
@@ -132,7 +132,9 @@ def stage_cost(recipe: Recipe, name: str, card: Card) -> StageCost:
     # Forward, the gradient's way back through frozen layers, and, with checkpointing, forward once more.
     passes = 3 if training.gradient_checkpointing else 2
     flops = 2 * passes * tokens * (sizes.language_model + sizes.lora)
-    flops += 2 * pictures * (config.vision_config.image_size // config.vision_config.patch_size) ** 2 * sizes.vision_tower
+    flops += (
+        2 * pictures * (config.vision_config.image_size // config.vision_config.patch_size) ** 2 * sizes.vision_tower
+    )
     checkpoints = _checkpoint_gb(sizes, recipe)
     return StageCost(recipe.name, name, rows, draws, text, image, download, checkpoints, card.hours(flops))
 
@@ -140,7 +142,9 @@ def stage_cost(recipe: Recipe, name: str, card: Card) -> StageCost:
 def _rows(source: SourceConfig) -> int:
     rows = (terms_of(source.name).rows or {}).get(source.split)
     if rows is None:
-        raise ValueError(f"the rows of {source.name}, split {source.split}, are not known: add them to siq_vl/terms.yaml")
+        raise ValueError(
+            f"the rows of {source.name}, split {source.split}, are not known: add them to siq_vl/terms.yaml"
+        )
     return rows
 
 
@@ -189,7 +193,7 @@ def trace_table(card: Card, kept: float) -> str:
         card: where the teacher runs.
         kept: share of its traces that verification keeps, assumed.
     """
-    lines = [["teacher", "questions", "tokens read, millions", "tokens written, millions", "hours, offline"]]
+    lines = [["asked", "questions", "tokens read, millions", "tokens written, millions", "hours, offline"]]
     lines[0] += ["draws of all runs", "hours, online", "times"]
     for teacher, (billions, picture, reply) in TEACHERS.items():
         needed = draws = 0
@@ -219,7 +223,9 @@ def _teacher_hours(card: Card, billions: float, picture: int, reply: int) -> flo
 def parse_options() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tflops", type=float, default=165, help="of the card, dense bfloat16; an RTX 4090's by default")
+    parser.add_argument(
+        "--tflops", type=float, default=165, help="of the card, dense bfloat16; an RTX 4090's by default"
+    )
     parser.add_argument("--bandwidth", type=float, default=1008, help="of its memory, GB/s")
     parser.add_argument("--utilisation", type=float, default=0.3, help="of the first, assumed")
     parser.add_argument("--kept", type=float, default=0.6, help="share of traces that verification keeps, assumed")
@@ -239,7 +245,7 @@ def main() -> None:
     options = parse_options()
     card = Card(options.tflops, options.bandwidth, options.utilisation)
     costs = stage_costs(card)
-    tables = {"stages": stage_table(costs), "traces": trace_table(card, options.kept)}
+    tables = {"stages": stage_table(costs), "traces": trace_table(card, options.kept), "ids": ids_table()}
     cli.say(
         f"PREDICTED, for {card.tflops:g} TFLOPS used at {card.utilisation:.0%} and {card.bandwidth:g} GB/s; nothing of it "
         f"was measured.\n\n{tables['stages']}\n\n{tables['traces']}"
