@@ -24,6 +24,7 @@ from siq_vl.distill.store_page import write_page
 from siq_vl.distill.teachers.base import TeacherLost
 from siq_vl.distill.traces import TraceStore, evaluated
 from siq_vl.distill.yields import longer_replies, store_yield, tables
+from siq_vl.terms import is_hub_id, source_name, warnings_of
 
 INTERRUPTED = 130
 
@@ -32,6 +33,9 @@ def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress
     """Ask every teacher what is missing; stop early where one's budget is spent or the run is interrupted."""
     record_rules(store, options.verification)
     store.note_questions(options.questions.described())
+    named = [options.teacher.model, source_name({"path": options.questions.questions, "subset": options.questions.subset})]
+    for line in warnings_of(filter(is_hub_id, named)):
+        print(f"TERMS: {line}")
     for asked in evaluated(store.folder):
         print(f"WARNING: the store has questions of {asked}: do not evaluate on it what is trained on these traces")
     progress = Progress()
