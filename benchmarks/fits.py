@@ -25,7 +25,7 @@ from trl.trainer.utils import get_peak_flops
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.planning.sizes import Sizes, count, training_memory
-from siq_vl.training.recipes import AdapterArguments
+from siq_vl.training.arguments import ModelArguments
 
 CARDS = (6, 8, 12, 16, 24)  # GB, as sold: 2**30 bytes each
 RUNS = (
@@ -143,7 +143,7 @@ def settings_of(options: argparse.Namespace, run: Run) -> argparse.Namespace:
 def sizes_of(model: str, stage: str, lora_r: int) -> tuple[SiQVLConfig, Sizes]:
     """Return configuration and parameters of a model in a stage."""
     config, _ = common.random_config(model)
-    return config, count(config, stage, AdapterArguments(lora_r=lora_r))
+    return config, count(config, stage, ModelArguments(lora_r=lora_r))
 
 
 def row(run: Run, card: int, options: argparse.Namespace) -> list[str]:

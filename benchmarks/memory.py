@@ -23,8 +23,9 @@ from transformers import PrinterCallback
 
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.planning.sizes import MIB, count, training_memory
-from siq_vl.training.quantization import load_nf4
-from siq_vl.training.recipes import STAGES, Recipe, parse_recipe
+from siq_vl.training.arguments import STAGES
+from siq_vl.training.quantization import load_quantized
+from siq_vl.training.recipes import Recipe, parse_recipe
 from siq_vl.training.run import make_trainer
 
 METHODS = {"stage 1": ("1", False), "LoRA": ("2", False), "QLoRA": ("2", True)}
@@ -71,10 +72,10 @@ def trainer_of(options, setting: Setting, folder: str):
     recipe = recipe_of(options, setting, folder)
     model, processor = common.random_model(options.shape)
     dtype = getattr(torch, options.dtype)
-    if recipe.adapter.load_in_4bit:
+    if recipe.model.load_in_4bit:
         model.save_pretrained(f"{folder}/model")
         compute = torch.bfloat16 if options.bf16 else torch.float32
-        model = load_nf4(f"{folder}/model", recipe.adapter, dtype, compute)
+        model = load_quantized(f"{folder}/model", recipe.model, dtype, compute)
     else:
         model = model.to(dtype)
     model.model.projector.float()
@@ -126,7 +127,7 @@ def predicted_peak(options, setting: Setting):
     """Return the prediction for the same run, as `Memory`."""
     recipe = recipe_of(options, setting, "outputs")
     config, _ = common.random_config(options.shape)
-    sizes = count(config, recipe.stage, recipe.adapter)
+    sizes = count(config, recipe.stage, recipe.model)
     return training_memory(
         config,
         sizes,
@@ -136,8 +137,8 @@ def predicted_peak(options, setting: Setting):
         checkpointing=setting.checkpointing,
         supervised=setting.batch_size * options.supervised,
         bf16_weights=options.dtype == "bfloat16",
-        nf4=recipe.adapter.load_in_4bit,
-        nested=recipe.adapter.use_bnb_nested_quant,
+        nf4=recipe.model.load_in_4bit,
+        nested=recipe.model.use_bnb_nested_quant,
         device=options.device,
     )
 

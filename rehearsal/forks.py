@@ -17,7 +17,10 @@ import traceback
 from pathlib import Path
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ("trl", "peft", "train_sft", "train_distill", "generate_traces", "evaluate_vqa", "rehearsal.contents")
+LIBRARIES = (
+    ("trl", "peft", "siq_vl.training.run", "siq_vl.training.starting_model", "siq_vl.planning.plan")
+    + ("siq_vl.distill.teachers.local", "generate_traces", "evaluate_vqa", "rehearsal.contents")
+)  # fmt: skip
 
 
 def run_forked(order: dict) -> dict:

@@ -145,7 +145,7 @@ def _stages(size: str, major: str) -> list[Step]:
         steps.append(
             Step(
                 f"{size}: stage 3, {name}",
-                f"accelerate launch train_distill.py --recipe {size} --config {config}",
+                f"accelerate launch train_distill.py --recipe {size} --variant {config}",
                 f"{SHORT} {FEW}" if name == "A.5" else SHORT,
                 makes=(f"{folder}/config.json", f"{folder}/README.md"),
                 needs=(f"{size}: stage 2", traces),

@@ -38,7 +38,7 @@ from siq_vl.data.sources import Source
 from siq_vl.distill.schema import FEATURES
 from siq_vl.distill.trace_arguments import TraceArguments
 from siq_vl.distill.training_rows import training_traces
-from siq_vl.training.recipes import DataArguments
+from siq_vl.training.arguments import DataArguments
 
 MAX_LENGTH = 2000
 TURNS = [("user", "Who?"), ("assistant", "Ada.")]

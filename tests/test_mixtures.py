@@ -16,7 +16,8 @@ from siq_vl.data.mixture_config import FilterConfig
 from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.scoring import SiglipScorer, scored_text
 from siq_vl.training import recipes
-from siq_vl.training.recipes import DataArguments, parse_recipe
+from siq_vl.training.arguments import DataArguments
+from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import make_trainer, mixture_for_stage, rows_needed, train_and_save
 from siq_vl.training.starting_model import load_for_stage
 

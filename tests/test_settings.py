@@ -10,7 +10,8 @@ from svg import points_in
 from siq_vl.loading import load_checkpoint
 from siq_vl.plots import COLOURS, learning_curve_plot
 from siq_vl.training import checkpoints, run
-from siq_vl.training.recipes import arrange_batches, keep_effective_batch, parse_recipe
+from siq_vl.training.recipes import parse_recipe
+from siq_vl.training.settings import arrange_batches, keep_effective_batch
 from siq_vl.training.starting_model import load_for_stage
 from siq_vl.training.stored_features import times_read
 from siq_vl.training.trainer import SiQVLTrainer, _sums_by_sample

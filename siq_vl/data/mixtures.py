@@ -114,7 +114,7 @@ def build_mixture(
     processor: SiQVLProcessor | None = None,
     max_length: int | None = None,
     drop_log: Path | None = None,
-    base: Path | None = None,
+    places: Sequence[Path] = (),
     vision_tower: str | None = None,
     scorer: Scorer | None = None,
     readers: int = 1,
@@ -132,7 +132,7 @@ def build_mixture(
         processor: counts tokens, for `max_length`.
         max_length: longest row in tokens; longer ones are left out.
         drop_log: file that names each row left out.
-        base: folder for relative paths, beside the working folder.
+        places: folders for relative paths, beside the working folder.
         vision_tower: checkpoint that scores pictures and texts where `config.score_model` is not set.
         scorer: scores them in place of a checkpoint.
         readers: loader processes of all training processes together, among which streams are dealt out.
@@ -154,7 +154,7 @@ def build_mixture(
             raise ValueError("min_image_text_score needs a SigLIP checkpoint with both towers: set score_model")
         scorer = SiglipScorer.from_pretrained(checkpoint)
     preprocessor = Preprocessor(drops, processor, max_length, config.max_image_side, scorer, config.blind)
-    mixed = MixedRows(_opened(config, task, base, preprocessor), config, drops)
+    mixed = MixedRows(_opened(config, task, places, preprocessor), config, drops)
     streams = any(source.streaming for source in config.sources)
     mixture = mixed.stream(readers) if streams else mixed.stored(count)
     logger.info("training rows\n%s", mixture.report.table())
@@ -178,7 +178,9 @@ def _bounded(count: int | None, config: SourceConfig) -> int:
     return least
 
 
-def _opened(config: MixtureConfig, task: str, base: Path | None, preprocessor: Preprocessor) -> "list[MixtureSource]":
+def _opened(
+    config: MixtureConfig, task: str, places: Sequence[Path], preprocessor: Preprocessor
+) -> "list[MixtureSource]":
     """Open every source, and take note of the files that cannot be read."""
     sources: list[MixtureSource] = []
     times_named: Counter[str] = Counter()
@@ -186,7 +188,7 @@ def _opened(config: MixtureConfig, task: str, base: Path | None, preprocessor: P
         if each.path == FIGURES:
             sources.append(DrawnFigures(each, task, config.data_seed_offset, config.blind))
             continue
-        source = Source(each, base)
+        source = Source(each, places)
         # Sources of one name are numbered, so that their counts stay apart.
         times_named[source.name] += 1
         if times_named[source.name] > 1:

@@ -44,22 +44,22 @@ class Source:
     """Rows of one source, each made a conversation when it is read.
 
     Args:
-        config: what to read. Relative paths are looked for in the working folder and below `base`.
-        base: another folder for relative paths.
+        config: what to read. Relative paths are looked for in the working folder, then in `places`.
+        places: other folders for relative paths.
 
     Raises:
         ValueError: there is no such source, or its columns fit no known format.
     """
 
-    def __init__(self, config: SourceConfig, base: Path | None = None):
+    def __init__(self, config: SourceConfig, places: Sequence[Path] = ()):
         self.config = config
         self.name, self.split, self.instruction = config.name, config.split, config.instruction
-        self.path = next((path for path in _candidates(config.path, base) if path.exists()), None)
+        self.path = next((path for path in _candidates(config.path, places) if path.exists()), None)
         # A Hub id has one slash at most; what looks like a path is not asked of the network.
         looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
         if self.path is None and looks_local:
             raise ValueError(f"there is no source {config.path}: pass a file, a folder, a Hub id or 'figures'")
-        self.roots = self._roots(base)
+        self.roots = self._roots(places)
         self.json = False  # whether rows are lines of JSON, which may differ in their types
         self.damaged: dict[str, str] = {}  # files that cannot be read, and why
         self.rows = self._open()
@@ -71,11 +71,11 @@ class Source:
         if self.adapter is captions and config.instruction is None:
             raise ValueError("a source of captions asks no question: set `instruction` of this source in the recipe")
 
-    def _roots(self, base: Path | None) -> list[Path]:
+    def _roots(self, places: Sequence[Path]) -> list[Path]:
         """Return the folders that named pictures must lie in."""
         given = self.config.image_folder
         if given is not None:
-            for folder in _candidates(given, base):
+            for folder in _candidates(given, places):
                 if folder.is_dir():
                     return [folder]
             raise ValueError(f"image_folder {given} of {self.name} is not a folder: pass where its pictures lie")
@@ -337,11 +337,9 @@ class Source:
         return names[0]
 
 
-def _candidates(path: str, base: Path | None) -> list[Path]:
-    """Return where a path may lie: in the working folder, then below `base`."""
-    if base is None:
-        return [Path(path)]
-    return [Path(path), base / path]
+def _candidates(path: str, places: Sequence[Path]) -> list[Path]:
+    """Return where a path may lie: in the working folder, then in each of the places."""
+    return [Path(path), *(place / path for place in places)]
 
 
 class _Joined:

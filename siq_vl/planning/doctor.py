@@ -218,13 +218,13 @@ def check_inputs(recipe: "Recipe", online: bool) -> Iterator[Finding]:
         wanted = []
     if recipe.traces is None:
         wanted += [("dataset", source.path) for source in recipe.data.sources if source.path != FIGURES]
-    elif (REPO_ROOT / recipe.traces.traces).exists() or Path(recipe.traces.traces).exists():
+    elif any((place / recipe.traces.traces).exists() for place in (Path(), *recipe.places)):
         yield Finding(OK, "traces", recipe.traces.traces)
     else:
         made = f"python generate_traces.py --output {recipe.traces.traces}"
         yield Finding(NOTE, "traces", f"{recipe.traces.traces} is not there yet: {made}")
     for kind, name in dict.fromkeys(wanted):
-        if any((base / name).exists() for base in (Path(), REPO_ROOT)):
+        if any((place / name).exists() for place in (Path(), *recipe.places)):
             yield Finding(OK, kind, f"{name} is here")
         elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).suffix in (".json", ".jsonl", ".parquet"):
             yield Finding(PROBLEM, kind, f"{name} is not here", "put it there, or name another path")
@@ -248,7 +248,7 @@ def _is_cached(kind: str, name: str) -> bool:
 
 def check_settings(recipe: "Recipe", device: Device) -> Iterator[Finding]:
     """Say which settings of the recipe this machine cannot run, memory apart."""
-    if recipe.adapter.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+    if recipe.model.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         fix = f"pip install -r {requirements_file().name}, or --load_in_4bit false"
         yield Finding(PROBLEM, "load_in_4bit", "bitsandbytes is not installed", fix)
     if recipe.training.bf16 and not device.bf16:
@@ -274,7 +274,7 @@ def memory_of(recipe: "Recipe") -> Callable[["Recipe"], int]:
     from siq_vl.training.backbones import planned_config
 
     config, _ = planned_config(recipe)
-    sizes = count(config, recipe.stage, recipe.adapter)
+    sizes = count(config, recipe.stage, recipe.model)
     length = longest_row(recipe, TASKS[recipe.stage])
 
     def predict(changed: "Recipe") -> int:
@@ -305,7 +305,7 @@ def changes(recipe: "Recipe") -> list[list[str]]:
     if training.bf16 and recipe.model.dtype == "float32":
         others.append(["--dtype", "bfloat16"])
     four_bit = importlib.util.find_spec("bitsandbytes") is not None and recipe.stage != "1"
-    if four_bit and not recipe.adapter.load_in_4bit:
+    if four_bit and not recipe.model.load_in_4bit:
         others.append(["--load_in_4bit", "true"])
     together = batch_of(1) if batch > 1 else []
     pile = [together := [*together, *other] for other in others]
@@ -341,7 +341,7 @@ def check_disk(recipe: "Recipe") -> Finding:
     from siq_vl.training.backbones import planned_config
 
     config, _ = planned_config(recipe)
-    sizes = count(config, recipe.stage, recipe.adapter)
+    sizes = count(config, recipe.stage, recipe.model)
     kept = 0 if recipe.training.save_strategy == "no" else (recipe.training.save_total_limit or 1) + 1
     needed = 4 * (sizes.total - sizes.pooling_head) + kept * 12 * sizes.trainable  # weights and AdamW's two moments
     folder = Path(recipe.training.output_dir).absolute()

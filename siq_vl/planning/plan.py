@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import yaml
-
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.data.collation import IGNORED, ConversationCollator
 from siq_vl.data.mixture_config import FIGURES
@@ -17,18 +15,10 @@ from siq_vl.distill.training_rows import TrainingTraces
 from siq_vl.planning.sizes import Memory, Sizes, count, memory_table, size_table, training_memory
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.terms import inherited, licence_for, made_from, terms_of, terms_table
+from siq_vl.training.arguments import ADAPTER_FIELDS, DataArguments, ModelArguments
 from siq_vl.training.backbones import planned_config, stand_in_processor
 from siq_vl.training.checkpoints import asked_from, samples_a_step
-from siq_vl.training.recipes import (
-    RECIPES,
-    REPO_ROOT,
-    AdapterArguments,
-    DataArguments,
-    Recipe,
-    backbones_of,
-    local_or_hub,
-    starting_checkpoint,
-)
+from siq_vl.training.recipes import Recipe, backbones_of, read_settings, starting_checkpoint
 from siq_vl.training.run import rows_needed, traces_for_stage
 from siq_vl.training.stored_features import feature_plan
 
@@ -72,7 +62,7 @@ def plan(recipe: Recipe, task: str) -> str:
         ValueError: the recipe cannot run.
     """
     config, source = planned_config(recipe)
-    sizes = count(config, recipe.stage, recipe.adapter)
+    sizes = count(config, recipe.stage, recipe.model)
     mixture, data = _data(recipe, task) if recipe.traces is None else _traces(recipe)
     counted, tokens = _tokens(recipe, config, mixture)
     length = counted.longest if counted else _ASSUMED_LENGTH
@@ -82,7 +72,7 @@ def plan(recipe: Recipe, task: str) -> str:
     memory = predicted_memory(recipe, config, sizes, batch, length)
     sections = {
         "Model": f"{source}\n{config.image_seq_length} tokens an image{_random_note(recipe)}",
-        "Parameters": "\n\n".join(filter(None, [size_table(sizes, recipe.adapter.lora_r), _trained(recipe, config)])),
+        "Parameters": "\n\n".join(filter(None, [size_table(sizes, recipe.model.lora_r), _trained(recipe, config)])),
         "Data": data,
         "Terms": _terms(recipe),
         "Steps": _steps(recipe, mixture),
@@ -117,8 +107,8 @@ def predicted_memory(
         checkpointing=training.gradient_checkpointing,
         supervised=supervised,
         bf16_weights=recipe.model.dtype == "bfloat16",
-        nf4=recipe.adapter.load_in_4bit and recipe.stage != "1",
-        nested=recipe.adapter.use_bnb_nested_quant,
+        nf4=recipe.model.load_in_4bit and recipe.stage != "1",
+        nested=recipe.model.use_bnb_nested_quant,
         device="cpu" if training.use_cpu else "cuda",
     )
 
@@ -130,7 +120,7 @@ def _random_note(recipe: Recipe) -> str:
 def _trained(recipe: Recipe, config: SiQVLConfig) -> str:
     """Say what share trains; in stage 1, also what stage 2 of the same recipe will make of it."""
     lines = []
-    for stage, adapter in (("1", recipe.adapter), ("2", _adapter_of_stage_2(recipe))):
+    for stage, adapter in (("1", recipe.model), ("2", _adapter_of_stage_2(recipe))):
         if recipe.stage == "1" and adapter is not None:
             sizes = count(config, stage, adapter)
             lora = f" with LoRA r={adapter.lora_r}" if sizes.lora else ""
@@ -139,13 +129,11 @@ def _trained(recipe: Recipe, config: SiQVLConfig) -> str:
     return "\n".join(lines)
 
 
-def _adapter_of_stage_2(recipe: Recipe) -> AdapterArguments | None:
-    path = RECIPES / recipe.name / "stage2.yaml"
-    if not path.exists():
+def _adapter_of_stage_2(recipe: Recipe) -> ModelArguments | None:
+    if recipe.folder is None or not (recipe.folder / "stage2.yaml").exists():
         return None
-    fields = AdapterArguments.__dataclass_fields__
-    stated = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return AdapterArguments(**{name: value for name, value in stated.items() if name in fields})
+    stated = read_settings(recipe.folder / "stage2.yaml")
+    return ModelArguments(**{name: value for name, value in stated.items() if name in ADAPTER_FIELDS})
 
 
 def _terms(recipe: Recipe) -> str:
@@ -170,7 +158,7 @@ def _data(recipe: Recipe, task: str) -> tuple[Mixture | None, str]:
     try:
         needed = rows_needed(recipe)
         count = min(needed, _SAMPLED_ROWS) if needed else _SAMPLED_ROWS
-        mixture = build_mixture(_streamed(data), task, count, base=REPO_ROOT)
+        mixture = build_mixture(_streamed(recipe), task, count, places=recipe.places)
         _share_by_size(mixture, data)
     except (OSError, ValueError) as error:
         total = sum(source.weight or 1 for source in data.sources)
@@ -197,19 +185,19 @@ def _traces(recipe: Recipe) -> tuple[TrainingTraces | None, str]:
     return traces, f"{named}\n{traces.report.table()}"
 
 
-def _streamed(data: DataArguments) -> DataArguments:
+def _streamed(recipe: Recipe) -> DataArguments:
     """Return the mixture with sources from the Hub as streams: a plan downloads no data set."""
-    remote = [
-        source.path != FIGURES and not any((base / source.path).exists() for base in (Path(), REPO_ROOT))
-        for source in data.sources
-    ]
+    places = (Path(), *recipe.places)
+    remote = []
+    for source in recipe.data.sources:
+        is_here = any((place / source.path).exists() for place in places)
+        remote.append(source.path != FIGURES and not is_here)
     if not any(remote):
-        return data
-    sources = [
-        replace(source, streaming=source.streaming or away, weight=source.weight or 1.0)
-        for source, away in zip(data.sources, remote, strict=True)
-    ]
-    return replace(data, sources=sources)
+        return recipe.data
+    sources = []
+    for source, away in zip(recipe.data.sources, remote, strict=True):
+        sources.append(replace(source, streaming=source.streaming or away, weight=source.weight or 1.0))
+    return replace(recipe.data, sources=sources)
 
 
 def _share_by_size(mixture: Mixture, data: DataArguments) -> None:
@@ -345,7 +333,7 @@ def _processor(recipe: Recipe) -> SiQVLProcessor:
         return stand_in_processor(planned_config(recipe)[0])
     tower, language_model = backbones_of(recipe)
     return SiQVLProcessor.from_backbones(
-        local_or_hub(tower), local_or_hub(language_model), pixel_shuffle_factor=recipe.model.pixel_shuffle_factor
+        recipe.find(tower), recipe.find(language_model), pixel_shuffle_factor=recipe.model.pixel_shuffle_factor
     )
 
 

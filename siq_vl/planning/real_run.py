@@ -107,7 +107,7 @@ def stage_cost(recipe: Recipe, name: str, card: Card) -> StageCost:
         card: where it runs.
     """
     config, _ = planned_config(recipe)
-    sizes = count(config, recipe.stage, recipe.adapter)
+    sizes = count(config, recipe.stage, recipe.model)
     batch, training = samples_a_step(recipe), recipe.training
     if recipe.traces is None:
         sources = recipe.data.sources
@@ -169,7 +169,7 @@ def stage_costs(card: Card) -> list[StageCost]:
 def _stage_3(name: str, config: str) -> Recipe:
     arguments = ["--recipe", name]
     if config:
-        arguments += ["--config", config]
+        arguments += ["--variant", config]
     return parse_recipe(("3",), arguments)
 
 

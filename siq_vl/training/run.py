@@ -19,9 +19,9 @@ from siq_vl.hub import push_stage
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.callbacks import FreeMemoryCallback, SampleCallback
-from siq_vl.training.checkpoints import run_settings, samples_a_step, save_stage
+from siq_vl.training.checkpoints import run_settings, samples_a_step, save_stage, settings_unnamed_before
 from siq_vl.training.emergence import EmergenceCallback
-from siq_vl.training.recipes import REPO_ROOT, Recipe, local_or_hub
+from siq_vl.training.recipes import Recipe
 from siq_vl.training.resume import checkpoint_to_resume, discard_incomplete
 from siq_vl.training.stages import freeze_for_stage, log_parameters
 from siq_vl.training.stored_features import rows_with_features
@@ -54,8 +54,8 @@ def mixture_for_stage(recipe: Recipe, task: str, processor: SiQVLProcessor) -> M
         processor=processor,
         max_length=recipe.training.max_length,
         drop_log=Path(recipe.training.output_dir) / DROP_LOG,
-        base=REPO_ROOT,
-        vision_tower=recipe.model.vision_tower and local_or_hub(recipe.model.vision_tower),
+        places=recipe.places,
+        vision_tower=recipe.model.vision_tower and recipe.find(recipe.model.vision_tower),
         readers=recipe.training.world_size * max(1, recipe.training.dataloader_num_workers),
     )
 
@@ -128,7 +128,7 @@ def make_trainer(
     # The trainer sets these itself where it also brings the collator.
     model.config.get_text_config().pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    peft_config = freeze_for_stage(model, recipe.stage, recipe.adapter)
+    peft_config = freeze_for_stage(model, recipe.stage, recipe.model)
     if isinstance(rows, IterableDataset):  # each process reads its own: batches of unlike sizes cannot be cut up
         training.accelerator_config.dispatch_batches = False
     rows = rows_with_features(recipe, model, processor, rows)
@@ -168,7 +168,7 @@ def make_trainer(
 def _check_engine(trainer: SFTTrainer, recipe: Recipe) -> None:
     plugin = trainer.accelerator.state.deepspeed_plugin
     sharded = trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-    if recipe.adapter.load_in_4bit and sharded:
+    if recipe.model.load_in_4bit and sharded:
         raise ValueError(
             "load_in_4bit is set, but FSDP and ZeRO-3 cannot shard NF4 weights here: use accelerate_configs/ddp.yaml or "
             "zero2.yaml, or drop load_in_4bit"
@@ -224,7 +224,7 @@ def train_and_save(
         if trainer.accelerator.is_main_process:
             discard_incomplete(folder)
         trainer.accelerator.wait_for_everyone()
-        checkpoint = checkpoint_to_resume(folder, run_settings(recipe))
+        checkpoint = checkpoint_to_resume(folder, run_settings(recipe), settings_unnamed_before())
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - started

@@ -23,7 +23,7 @@ _SHARED = 0.5  # of the pictures; with so many stored by another stage, a single
 
 def obstacle(recipe: Recipe, config: SiQVLConfig, streaming: bool) -> str | None:
     """Return why the vision tower's features cannot be stored; None where they can."""
-    adapter = recipe.adapter
+    adapter = recipe.model
     if adapter.vision_lora or adapter.unfreeze_vision_layers:
         return "the vision tower trains (vision_lora or unfreeze_vision_layers is set)"
     if config.vision_config.attention_dropout:
