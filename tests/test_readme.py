@@ -111,6 +111,14 @@ HOW = {
     "make test-majors": Target("tests/test_majors.py"),
     "make test-hf": Target("tests/test_hf_mixins.py"),
     "make test-newest": Target("-m pytest"),
+    "make rehearsal": Target("-m rehearsal.walk"),
+    "make rehearsal-quick": Target("-m rehearsal.walk --quick"),
+    # What is not of this project is looked up by the shell, and not run.
+    "hf download --repo-type dataset liuhaotian/LLaVA-Instruct-150K llava_instruct_150k.json --local-dir data": Shell(
+        {"hf download": "true hf download"}
+    ),
+    "curl -O http://images.cocodataset.org/zips/train2017.zip": Shell({"curl": "true curl"}),
+    "unzip -q train2017.zip -d data/coco": Shell({"unzip": "true unzip"}),
     "make mutants": Target("tests/mutate.py"),
     "make check": Target("mypy"),
     "make coverage": Target("--cov"),

@@ -128,7 +128,11 @@ def stage_cost(recipe: Recipe, name: str, card: Card) -> StageCost:
     if recipe.traces is not None and recipe.traces.student == "text":
         text, image = text + CAPTION_TOKENS, 0
     tokens = draws * (text + image)
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     pictures = draws if image else 0
+    # Where rows come again, the frozen tower's features are stored, if there is room for them.
+    if draws > rows and rows * patches * config.vision_config.hidden_size * 2 <= recipe.features.feature_cache_gb * 1e9:
+        pictures = min(pictures, rows)
     # Forward, the gradient's way back through frozen layers, and, with checkpointing, forward once more.
     passes = 3 if training.gradient_checkpointing else 2
     flops = 2 * passes * tokens * (sizes.language_model + sizes.lora)
