@@ -9,11 +9,16 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from rehearsal.data import FINEVISION, ROWS, chartqa, write_table
+from rehearsal.data import FINEVISION, LLAVA_FILE, ROWS, chartqa, write_coco, write_llava, write_table
 from rehearsal.server import Repo, repos_of
 from rehearsal.steps import all_steps, quick_steps
 from rehearsal.walk import Walk, table
+from siq_vl.data.mixture_config import SourceConfig
+from siq_vl.data.mixtures import build_mixture
+from siq_vl.planning.real_run import Card, stage_cost
 from siq_vl.terms import inherited, known_ids, licence_for, made_from, terms_of, warnings_of
+from siq_vl.training.arguments import DataArguments
+from siq_vl.training.recipes import parse_recipe
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 MAJOR = importlib.metadata.version("transformers").split(".")[0]
@@ -194,6 +199,40 @@ def test_every_id_of_the_recipes_has_its_terms():
         named += ["/".join(filter(None, (each["path"], each.get("subset")))) for each in recipe.get("sources", [])]
         for name in filter(None, named):
             assert terms_of(name).known, f"{path.name}: {name}"
+
+
+def test_the_reports_a5_trains_the_attention_projections_alone():
+    for size in ("siq-vl-0.5b", "siq-vl-1.5b"):
+        recipe = parse_recipe(("3",), ["--recipe", size, "--variant", "qwen3vl_cocoqa"])
+        assert recipe.model.lora_target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+        assert recipe.traces.teachers == ["Qwen/Qwen3-VL-2B-Instruct"]
+
+
+def test_coco_by_hand_is_read_as_its_authors_published_it(tmp_path):
+    write_llava(tmp_path, 4)
+    write_coco(tmp_path / "coco" / "train2017", 4)
+    config = SourceConfig(path=str(tmp_path / LLAVA_FILE), image_folder=str(tmp_path / "coco" / "train2017"))
+    mixture = build_mixture(DataArguments(sources=[config]), "answer", 4)
+    assert all(row["images"][0].size[0] >= 96 for row in mixture.rows)
+
+
+def test_a_mixture_that_repeats_its_rows_often_says_so(tmp_path, caplog):
+    write_llava(tmp_path, 4)
+    write_coco(tmp_path, 4)
+    data = DataArguments(sources=[SourceConfig(path=str(tmp_path / LLAVA_FILE))])
+    caplog.set_level("WARNING")
+    assert build_mixture(data, "answer", 16).report.passes() == {LLAVA_FILE: 4.0}
+    assert "times" not in caplog.text
+    build_mixture(data, "answer", 18)
+    assert f"each row of {LLAVA_FILE} is read 4.5 times: add sources, or lower max_steps" in caplog.text
+
+
+def test_the_whole_run_is_counted_from_recipes_and_published_sizes():
+    cost = stage_cost(parse_recipe(("1",), ["--recipe", "siq-vl-0.5b", "--stage", "1"]), "1", Card(100, 1000, 0.5))
+    assert (cost.rows, cost.draws, cost.image) == (1988, 128_000, 256)
+    # The language model's three passes over every token; each picture once, since features of so few are stored.
+    flops = 6 * 494_032_768 * cost.tokens + 2 * 1988 * 1024 * 304_147_456
+    assert cost.hours == pytest.approx(flops / 50e12 / 3600)
 
 
 @pytest.mark.parametrize(
