@@ -168,11 +168,15 @@ def make_trainer(
 def _check_engine(trainer: SFTTrainer, recipe: Recipe) -> None:
     plugin = trainer.accelerator.state.deepspeed_plugin
     sharded = trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-    if recipe.model.load_in_4bit and sharded:
-        raise ValueError(
-            "load_in_4bit is set, but FSDP and ZeRO-3 cannot shard NF4 weights here: use accelerate_configs/ddp.yaml or "
-            "zero2.yaml, or drop load_in_4bit"
-        )
+    if not (recipe.model.quantized and sharded):
+        return
+    flag, kind = "load_in_4bit", recipe.model.bnb_4bit_quant_type.upper()
+    if recipe.model.load_in_8bit:
+        flag, kind = "load_in_8bit", "int8"
+    raise ValueError(
+        f"{flag} is set, but FSDP and ZeRO-3 cannot shard {kind} weights here: use accelerate_configs/ddp.yaml or "
+        f"zero2.yaml, or drop {flag}"
+    )
 
 
 def _add_callbacks(trainer: SFTTrainer, recipe: Recipe, processor: SiQVLProcessor, held_out: Sequence[Mapping]) -> None:

@@ -86,8 +86,9 @@ def chosen_sources(
         elif "sources" in names:
             by_trl = False
     if not by_trl:
+        everything = set().union(*stated)
         for name in ("dataset_config", "dataset_train_split", "dataset_streaming", "streaming"):
-            if any(name in names for names in stated):
+            if name in everything and not everything & {"dataset_name", "datasets"}:
                 raise ValueError(
                     f"{name} is set, but what is trained on are the sources: set dataset_name or datasets as well, or "
                     "drop it and use the fields of a source"
