@@ -201,12 +201,16 @@ def test_a_file_of_questions_stays_one_and_a_published_file_is_told_from_it(tmp_
     published = tmp_path / "chartqa.jsonl"
     published.write_text(json.dumps({"query": "Which?", "label": ["3"], "image": "a.png"}) + "\n")
     assert [(q.id, q.golds) for q in asked(published)] == [("chartqa.jsonl/train/0", ("3",))]
-    # ScienceQA's columns are those of a file of questions, and its answers count from 0.
+    # ScienceQA has the columns of a file of questions and more, and its answers count from 0.
     science = tmp_path / "science.parquet"
     pq.write_table(pa.Table.from_pylist([PUBLISHED["ScienceQA without a picture"][0]]), science)
+    assert [q.golds for q in asked(science)] == [("A",)]
+    own.write_text(json.dumps({"question": "Which?", "choices": ["x", "y"], "answer": 0}) + "\n")
     with pytest.raises(ValueError, match="its answer is 0, which is none of its choices.*--format scienceqa"):
-        asked(science)
-    assert [q.golds for q in asked(science, "--format", "scienceqa")] == [("A",)]
+        asked(own)
+    assert [q.golds for q in asked(own, "--format", "scienceqa")] == [("A",)]
+    own.write_text(json.dumps({"question": "How many?", "choices": ["4", "0"], "answer": 0}) + "\n")
+    assert [q.golds for q in asked(own)] == [("0",)]
 
 
 @pytest.mark.parametrize(
