@@ -9,15 +9,19 @@ Stage 0: pretrain the tiny backbones that stand in for SigLIP-2 and Qwen2.5, and
     python pretrain_backbones.py --phase letters  # another tower, which reads at any place: its letters
     python pretrain_backbones.py --phase world    # the same tower on the whole drawn world
     python pretrain_backbones.py --phase export_tower  # measure what it reads, write backbones/siglip2-reading/
+    python pretrain_backbones.py --phase world_text    # a language model, on the text of the drawn world
+    python pretrain_backbones.py --phase world_captions  # the same model: captions of its pictures between the text
 
-`text` and `vision` are independent of each other; `captions` needs both; `world` needs `letters`. Every phase resumes where it was stopped, runs
-on a GPU where there is one, and logs its losses and seconds to `outputs/backbones/<phase>/log.jsonl`.
+`text` and `vision` are independent of each other; `captions` needs both; `world` needs `letters`, and
+`world_captions` needs `world_text` and the exported tower. Every phase resumes where it was stopped, runs on a GPU where
+there is one, and logs its losses and seconds to `outputs/backbones/<phase>/log.jsonl`.
 """
 
 import argparse
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TypeVar
@@ -193,19 +197,45 @@ def build_captioner(work: Path, reached: str) -> tuple[captions.Captioner, PreTr
 
 
 def train_captions(options: argparse.Namespace, device: torch.device) -> None:
-    """Train the language model on captions and text in turn."""
+    """Train the language model on captions of figures and text in turn."""
     model, tokenizer = build_captioner(options.work, "text")
-    model.to_device(device)
-    seed, size = options.seed + 1, options.batch_size
+    seed = options.seed + 1
     text_at = text.TextBatches(tokenizer, options.text_batch_size, seed, calculation_steps=text.CALCULATION_STEPS)
+    batch_at = partial(captions.figure_batch, size=options.batch_size, seed=seed)
+    run_captions(model.to_device(device), tokenizer, batch_at, text_at, options.work / "captions", options)
+
+
+def train_world_captions(options: argparse.Namespace, device: torch.device) -> None:
+    """Train the language model of the drawn world on captions of its pictures and text in turn."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.work / "world_tokenizer")
+    language_model = load_module(options.work / "world_text", text.language_model(tokenizer))
+    tower = reading.load_reading_tower(options.backbones / "siglip2-reading").tower
+    model = captions.Captioner(tower, language_model, tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    seed = options.seed + 1
+    text_at = world_text.WorldTextBatches(tokenizer, options.text_batch_size, seed)
+    batch_at = partial(captions.world_batch, size=options.batch_size, seed=seed)
+    run_captions(model.to_device(device), tokenizer, batch_at, text_at, options.work / "world_captions", options)
+
+
+def run_captions(
+    model: captions.Captioner,
+    tokenizer: PreTrainedTokenizerFast,
+    batch_at: Callable[[int], captions.Captioned],
+    text_at: text.TextBatches,
+    folder: Path,
+    options: argparse.Namespace,
+) -> None:
+    """Train a captioner; each step has a batch of captions and one of text."""
+    device = model.projector.weight.device
 
     def losses_at(step: int) -> loop.Losses:
-        pixels, rows = captions.caption_batch(tokenizer, step, size, seed)
+        pixels, told = batch_at(step)
+        rows = captions.caption_rows(tokenizer, told, model.image_tokens)
         rows = {name: tensor.to(device) for name, tensor in rows.items()}
-        told = {name: tensor.to(device) for name, tensor in text_at(step).items()}
-        return {"caption": model.caption_loss(pixels.to(device), rows), "text": model.language_model(**told).loss}
+        read = {name: tensor.to(device) for name, tensor in text_at(step).items()}
+        return {"caption": model.caption_loss(pixels.to(device), rows), "text": model.language_model(**read).loss}
 
-    loop.run(model, losses_at, options.work / "captions", steps=options.steps, learning_rate=options.learning_rate)
+    loop.run(model, losses_at, folder, steps=options.steps, learning_rate=options.learning_rate)
 
 
 def export(options: argparse.Namespace, device: torch.device) -> None:
@@ -245,6 +275,7 @@ PHASES = {
     "text": (train_text, {"steps": 2400, "batch_size": 32, "learning_rate": 1.5e-3}),
     "vision": (train_vision, {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3}),
     "captions": (train_captions, {"steps": 1200, "batch_size": 16, "learning_rate": 1.5e-3}),
+    "world_captions": (train_world_captions, {"steps": 4000, "batch_size": 16, "learning_rate": 1.5e-3}),
     "world_text": (train_world_text, {"steps": 4000, "batch_size": 32, "learning_rate": 1.5e-3}),
     "letters": (train_letters, {"steps": 3800, "batch_size": 16, "learning_rate": 1.5e-3}),
     "world": (train_world, {"steps": 20000, "batch_size": 16, "learning_rate": 1.5e-3}),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from siq_vl.data.world import dataset as world
 from siq_vl.data.world.canvas import Canvas, Drawn
 from siq_vl.data.world.figure import NOT_SHOWN
 from siq_vl.data.world.fonts import FACES
-from siq_vl.pretraining import gates, loop, reading, world_text
+from siq_vl.pretraining import captions, gates, loop, reading, text, world_text
 from siq_vl.pretraining.reading_accuracy import CHANGES, fact_accuracy, reading_accuracy, strewn
+from siq_vl.processing_siq_vl import _load_backbone_tokenizer
+from tests.conftest import REPO_ROOT
 
 SIDE = 32
 
@@ -187,3 +190,20 @@ def test_gates_can_be_asked_of_the_world():
     asked = gates._described_questions(2, world.sample)
     assert {"scenes/color", "charts/sum", "documents/text"} <= set(asked)
     assert all(len(rows) <= 2 for rows in asked.values())
+
+
+def test_captions_of_the_world_are_learnt_at_the_towers_size():
+    tower = reading.ReadingTower(reading.SIDE).tower
+    pixels, told = captions.world_batch(step=1, size=2, seed=5)
+    samples = [world.sample("train", index, seed=5) for index in (2, 3)]
+    assert told == [sample.figure.caption for sample in samples]
+    assert pixels.shape == (2, 3, reading.SIDE, reading.SIDE)
+    wanted = samples[1].drawn.resized(reading.SIDE, reading.SIDE).image
+    assert torch.equal(pixels[1], reading.pixel_batch([SimpleNamespace(image=wanted)])[0])
+    tokenizer = _load_backbone_tokenizer(str(REPO_ROOT / "backbones" / "qwen2.5-tiny"))
+    image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    captioner = captions.Captioner(tower, text.language_model(tokenizer), image_token_id)
+    rows = captions.caption_rows(tokenizer, told, captioner.image_tokens)
+    assert (rows["input_ids"] == image_token_id).sum(-1).tolist() == [64, 64]
+    captioner.caption_loss(pixels, rows).backward()
+    assert captioner.projector.weight.grad.abs().sum() > 0

@@ -116,7 +116,7 @@ def test_stage_0_learns_from_the_train_split_alone(drawn, backbone_tokenizer):
     batches = text.TextBatches(backbone_tokenizer, 4, seed=1)
     for step in range(4):
         batches(step)
-    pixels, _ = captions.caption_batch(backbone_tokenizer, step=2, size=3, seed=5)
+    pixels, _ = captions.figure_batch(step=2, size=3, seed=5)
     assert drawn.keys() == {"train"}
     wanted = [sample("train", index, seed=5) for index in (6, 7, 8)]
     assert torch.equal(pixels, vision.pixel_batch(wanted))

@@ -131,7 +131,8 @@ def test_captions_are_learnt_through_a_frozen_tower(backbone_tokenizer):
     tower = vision.TowerWithWordHead(1).tower
     language_model = text.language_model(backbone_tokenizer)
     captioner = captions.Captioner(tower, language_model, backbone_tokenizer.convert_tokens_to_ids("<|image_pad|>"))
-    pixels, rows = captions.caption_batch(backbone_tokenizer, 0, 2, seed=0)
+    pixels, told = captions.figure_batch(0, 2, seed=0)
+    rows = captions.caption_rows(backbone_tokenizer, told, captioner.image_tokens)
     captioner.caption_loss(pixels, rows).backward()
     assert not any(weight.requires_grad for weight in tower.parameters()) and not tower.training
     assert captioner.projector.weight.grad.abs().sum() > 0
