@@ -274,7 +274,8 @@ class Copy:
         charts.mkdir(parents=True)
         shutil.copy(picture, charts)
         rows = [{"query": "How much is Mar?", "label": ["2"], "image": "mine.png"}]
-        (charts / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for split in ("train", "test"):
+            (charts / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         album = [{"photo": "../mine.png", "asked": "What is shown?", "said": "A chart."}]
         (folder / "data" / "album.jsonl").write_text("".join(json.dumps(row) + "\n" for row in album))
 
