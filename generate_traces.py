@@ -13,16 +13,17 @@ with more teachers, samples or questions, does only what is missing. Its page is
 """
 
 import sys
+from collections.abc import Iterator, Mapping
 
 from siq_vl import cli
 from siq_vl.distill.card import push_to_hub, write_card
 from siq_vl.distill.options import Options, parse_options
 from siq_vl.distill.pipeline import Progress, Run
-from siq_vl.distill.questions import LeftOut
+from siq_vl.distill.questions import LeftOut, TraceQuestion
 from siq_vl.distill.selection import record_rules, update_verdicts
 from siq_vl.distill.store_page import write_page
 from siq_vl.distill.teachers.base import TeacherLost
-from siq_vl.distill.traces import TraceStore, evaluated
+from siq_vl.distill.traces import TraceStore, evaluated_part
 from siq_vl.distill.yields import longer_replies, store_yield, tables
 from siq_vl.terms import is_hub_id, source_name, warnings_of
 
@@ -32,12 +33,12 @@ INTERRUPTED = 130
 def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress:
     """Ask every teacher what is missing; stop early where one's budget is spent or the run is interrupted."""
     record_rules(store, options.verification)
-    store.note_questions(options.questions.described())
     named = [options.teacher.model, source_name({"path": options.questions.questions, "subset": options.questions.subset})]
     for line in warnings_of(filter(is_hub_id, named)):
         print(f"TERMS: {line}")
-    for asked in evaluated(store.folder):
-        print(f"WARNING: the store has questions of {asked}: do not evaluate on it what is trained on these traces")
+    origin = options.questions.described()
+    if asked := evaluated_part(origin):
+        print(f"WARNING: these are questions of {asked}: do not evaluate on it what is trained on the traces")
     progress = Progress()
     for teacher in options.teachers():
         budget = options.budget(teacher)
@@ -52,7 +53,9 @@ def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress
             # Pictures that are described lie in the store of traces already.
             embed=options.store.images == "embed" and not options.questions.describe,
         )
-        progress = run.over(options.open_questions(left_out), options.total)
+        # Noted with the first question that is there: what cannot be opened is no part of the store.
+        questions = noting(options.open_questions(left_out), store, origin)
+        progress = run.over(questions, options.total)
         print(
             f"{teacher.name}: {progress.made} new traces, {progress.skipped} were there, {progress.failed} without answer"
         )
@@ -66,6 +69,14 @@ def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress
             f"see {left_out.path}"
         )
     return progress
+
+
+def noting(questions: Iterator[TraceQuestion], store: TraceStore, origin: Mapping[str, str]) -> Iterator[TraceQuestion]:
+    """Yield questions, and have the store note where they are from."""
+    for number, question in enumerate(questions):
+        if number == 0:
+            store.note_questions(origin)
+        yield question
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from siq_vl.data.sources import Source
 from siq_vl.distill.options import parse_options
 from siq_vl.distill.questions import LeftOut, TraceQuestion
 from siq_vl.distill.source_questions import source_questions
-from siq_vl.distill.traces import evaluated, origins, read_traces
+from siq_vl.distill.traces import TraceStore, evaluated, origins, read_traces
 from siq_vl.distill.training_rows import TraceArguments, training_traces
 from siq_vl.distill.verification import RuleInput, Verification
 
@@ -202,12 +202,16 @@ def test_a_file_of_questions_stays_one_and_a_published_file_is_told_from_it(tmp_
     published = tmp_path / "chartqa.jsonl"
     published.write_text(json.dumps({"query": "Which?", "label": ["3"], "image": "a.png"}) + "\n")
     assert [(q.id, q.golds) for q in asked(published)] == [("chartqa.jsonl/train/0", ("3",))]
-    # ScienceQA's columns are those of a file of questions, and its answers count from 0.
+    # ScienceQA has the columns of a file of questions and more, and its answers count from 0.
     science = tmp_path / "science.parquet"
     pq.write_table(pa.Table.from_pylist([PUBLISHED["ScienceQA without a picture"][0]]), science)
+    assert [q.golds for q in asked(science)] == [("A",)]
+    own.write_text(json.dumps({"question": "Which?", "choices": ["x", "y"], "answer": 0}) + "\n")
     with pytest.raises(ValueError, match="its answer is 0, which is none of its choices.*--format scienceqa"):
-        asked(science)
-    assert [q.golds for q in asked(science, "--format", "scienceqa")] == [("A",)]
+        asked(own)
+    assert [q.golds for q in asked(own, "--format", "scienceqa")] == [("A",)]
+    own.write_text(json.dumps({"question": "How many?", "choices": ["4", "0"], "answer": 0}) + "\n")
+    assert [q.golds for q in asked(own)] == [("0",)]
 
 
 @pytest.mark.parametrize(
@@ -231,11 +235,16 @@ def test_a_split_that_is_evaluated_on_is_told_wherever_the_store_goes(tmp_path, 
     with serving() as (_, url):
         for split in ("train", "test"):
             command = ["generate_traces.py", "--teacher", "openai", "--model", "adder", "--base_url", url]
-            command += ["--source", "ChartQA", "--split", split, "--output", "store"]
+            command += ["--source", "ChartQA", "--output", "store", "--split", split]
             monkeypatch.setattr(sys, "argv", command)
             runpy.run_path(str(REPO_ROOT / "generate_traces.py"), run_name="__main__")
             shown = capsys.readouterr().out
             assert ("do not evaluate on it" in shown) == (split == "test")
+    monkeypatch.setattr(
+        sys, "argv", [*command[:-1], "validation", "--format", "cocoqa"]
+    )  # no row of it can be asked so
+    with pytest.raises(SystemExit, match="holds no question that can be asked"):
+        runpy.run_path(str(REPO_ROOT / "generate_traces.py"), run_name="__main__")
     store = tmp_path / "store"
     assert origins(store) == [{"source": "ChartQA", "split": "train"}, {"source": "ChartQA", "split": "test"}]
     assert evaluated(store) == ["split test of ChartQA"]
@@ -245,3 +254,32 @@ def test_a_split_that_is_evaluated_on_is_told_wherever_the_store_goes(tmp_path, 
     assert "- `ChartQA`, split `train`" in (store / "README.md").read_text()
     training_traces(TraceArguments(traces=str(store)), seed=0)
     assert "the traces are of split test of ChartQA" in caplog.text
+
+
+def test_what_is_evaluated_on_is_told_by_the_names_of_files_too(tmp_path):
+    row = {"image": stored(), "query": "How many?", "label": ["7"]}
+    folder = table(tmp_path / "ChartQA", [row], "test")
+    # Every file of a folder is read where none is of the split asked for: these would be asked as those of `train`.
+    with pytest.raises(
+        ValueError, match="no file of ChartQA is of the split train, and test-00000.* are there: pass the"
+    ):
+        asked(folder)
+    assert [q.id for q in asked(folder, "--split", "test")] == ["ChartQA/test/0"]
+    assert [q.id for q in asked(table(tmp_path / "Latest", [row], "latest"))] == ["Latest/train/0"]
+    for name, told in (
+        ("test_human.json", True),
+        ("mine-val.jsonl", True),
+        ("latest.jsonl", False),
+        ("tests.jsonl", False),
+    ):
+        store = tmp_path / name
+        options = parse_options("", ["--teacher", "openai", "--model", "m", "--questions", f"some/{name}"])
+        with TraceStore(store) as opened:
+            described = options.questions.described()
+            opened.note_questions({**described, "source": name})
+            opened.note_questions({**described, "source": name})
+        assert evaluated(store) == ([name] if told else [])
+        assert len(origins(store)) == 1
+    with TraceStore(tmp_path / "files") as opened:
+        opened.note_questions({"source": "a/b", "data_files": "data/test-*.parquet", "split": "train"})
+    assert evaluated(tmp_path / "files") == ["data/test-*.parquet of a/b"]

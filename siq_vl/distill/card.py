@@ -106,7 +106,7 @@ def questions_lines(folder: Path) -> list[str]:
     lines = []
     for origin in origins(folder):
         parts = [f"`{origin['source']}`"]
-        for name in ("subset", "split"):
+        for name in ("subset", "data_files", "split"):
             if name in origin:
                 parts.append(f"{name} `{origin[name]}`")
         lines.append(f"- {', '.join(parts)}")

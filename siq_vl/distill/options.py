@@ -31,10 +31,12 @@ from siq_vl.distill.teachers.base import Teacher
 from siq_vl.distill.teachers.models import defaults_for, request_fields
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
+from siq_vl.distill.traces import is_evaluated
 from siq_vl.distill.verification import Verification
 
 TEACHERS = ("figures", "transformers", "openai")
 _DRAWN_COUNT = 300
+_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass
@@ -129,6 +131,24 @@ class QuestionArguments:
         named = self.subset or self.format or self.data_files or self.instruction or self.streaming
         return not named and is_file_of_questions(Path(self.questions or ""))
 
+    def _check_split(self, folder: Path) -> None:
+        """Refuse a folder whose files are of other splits, all of which would be read where none is of the one asked for.
+
+        Raises:
+            ValueError: it is one that models are evaluated on.
+        """
+        if not folder.is_dir() or is_evaluated(self.split):
+            return
+        names = sorted(str(file.relative_to(folder)) for suffix in _SUFFIXES for file in folder.rglob(f"*{suffix}"))
+        if any(self.split in name for name in names):
+            return
+        evaluated = [name for name in names if is_evaluated(name)]
+        if evaluated:
+            raise ValueError(
+                f"no file of {folder.name} is of the split {self.split}, and {', '.join(evaluated[:5])} are there: pass the "
+                "--split of one of them, and do not evaluate on it what is trained on its traces"
+            )
+
     def described(self) -> dict[str, str]:
         """Return what a store notes of where its questions are from."""
         if self.describe:
@@ -138,8 +158,9 @@ class QuestionArguments:
         # Never an absolute path: a store is shared.
         path = Path(self.questions)
         noted = {"source": path.resolve().name if path.exists() else self.questions}
-        if self.subset:
-            noted["subset"] = self.subset
+        for name in ("subset", "data_files"):
+            if value := getattr(self, name):
+                noted[name] = value
         if not self._is_file_of_questions:  # such a file says nothing of splits
             noted["split"] = self.split
         return noted
@@ -153,10 +174,11 @@ class QuestionArguments:
         if self._is_file_of_questions:
             policy = ImagePolicy(self.image_root or path.parent, self.allow_remote)
             return file_questions(path, policy, task=self.task or "general", limit=count, left_out=left_out)
-        if path.is_file() and path.suffix not in (".jsonl", ".json", ".parquet"):
+        if path.is_file() and path.suffix not in _SUFFIXES:
             raise ValueError(
                 f"{path.name} is no source of questions: pass a .jsonl, .json or .parquet file, or a folder"
             )
+        self._check_split(path)
         source = Source(
             SourceConfig(
                 path=self.questions,

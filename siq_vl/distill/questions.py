@@ -34,6 +34,7 @@ _COLUMNS = ("id", "question", "kind", "task", "choices", "answer", "answers", "i
 MOST_LETTERS = 8  # choices that the prompts can letter
 MOST_PICTURES = 64  # of one question
 _MAX_LINE = 64 << 20  # bytes
+_SCIENCEQA = frozenset({"hint", "lecture", "solution", "skill"})
 _TELLING_ROWS = 100  # lines of a file that are looked at to tell its form
 _NAMED = 5  # rows left out that are named in the log; the file names all
 _MIME = {b"\x89PNG\r\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
@@ -277,8 +278,7 @@ def file_questions(
 def is_file_of_questions(path: Path) -> bool:
     """Return whether a path is a file that `file_questions` reads, rather than one of a published format.
 
-    Its first row tells. A row with `choices` is one of ours, though ScienceQA's has the same columns: `_golds` tells where
-    it is not.
+    Its first row tells.
     """
     if path.suffix not in _READERS or not path.is_file():
         return False
@@ -295,9 +295,13 @@ def is_file_of_questions(path: Path) -> bool:
 
 def _is_ours(columns: list[str]) -> bool:
     try:
-        return recognise(columns) in ("vqa", "scienceqa")
+        format = recognise(columns)
     except ValueError:
         return True  # what is missing is told row by row
+    if format == "scienceqa":
+        # A multiple choice of ours has the same three columns, and none of those that explain.
+        return not _SCIENCEQA & set(columns)
+    return format == "vqa"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Questions for teachers from what recipes train on: any `Source`, through its adapter.
 
 A row with several questions (OCR-VQA, FineVision) gives as many, each asked by itself, with the row's pictures and without
-the turns before it. A question's id is the source, the split and the row's number, so that it stays the same from run to
-run and tells from which split it is.
+the turns before it. A question's id is the source, the split (or the file that is named in its place) and the row's number, so
+that it stays the same from run to run and tells where it is from.
 """
 
 import os
@@ -119,7 +119,7 @@ def _questions(source: Source, number: int, row: Mapping | Unreadable, task: str
         if order and turns == "first":
             break
         shown = sum(part["type"] == "image" for turn in messages[:place] for part in turn["content"])
-        id = f"{source.name}/{source.split}/{number}"
+        id = f"{source.name}/{source.config.data_files or source.split}/{number}"
         if len(places) > 1:
             id = f"{id}#{order}"
         questions.append(

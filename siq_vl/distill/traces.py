@@ -40,6 +40,8 @@ _SCHEMA = FEATURES.arrow_schema
 _ESSENTIAL = ("sample_id", "question", "teacher", "output")  # a journal's line without one of them is no trace
 _UNREADABLE = "unreadable.txt"
 _SETTINGS = "settings.json"
+_FILES = (".json", ".jsonl", ".parquet")
+_EVALUATED = re.compile(r"(?<![a-z])(?:test|testmini|val|minival|validation|dev)(?![a-z])")
 _SHARD, _JOURNAL = "traces-{:05d}.parquet", "{:05d}.jsonl"
 
 
@@ -455,12 +457,24 @@ def origins(folder: Path) -> list[dict[str, str]]:
 
 def evaluated(folder: Path) -> list[str]:
     """Return the sources of a store whose questions are of a split that models are evaluated on, in words."""
-    found = []
-    for origin in origins(folder):
-        split = origin.get("split", "train")
-        if not split.casefold().startswith("train"):
-            found.append(f"split {split} of {origin['source']}")
-    return found
+    return [named for origin in origins(folder) if (named := evaluated_part(origin))]
+
+
+def evaluated_part(origin: Mapping[str, str]) -> str:
+    """Return, in words, the part of a data set that questions are of where models are evaluated on it; else nothing."""
+    source, split, data_files = origin["source"], origin.get("split", "train"), origin.get("data_files", "")
+    if not split.casefold().startswith("train"):
+        return f"split {split} of {source}"
+    if is_evaluated(data_files):
+        return f"{data_files} of {source}"
+    if source.endswith(_FILES) and is_evaluated(source):
+        return source
+    return ""
+
+
+def is_evaluated(name: str) -> bool:
+    """Return whether the name of a file tells that models are evaluated on what it holds."""
+    return bool(_EVALUATED.search(name.casefold()))
 
 
 def read_traces(
