@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from siq_vl import cli
-from siq_vl.terms import is_hub_id, licence_for, made_from, terms_table
+from siq_vl.terms import data_sets_of, is_hub_id, licence_for, made_from, terms_table
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _metadata(settings: dict, scores: Mapping[str, Mapping[str, float]], repo_id
         license=licence,
         license_name="terms-of-its-sources" if licence == "other" else None,
         base_model=sorted({name for name in (settings.get("backbones") or {}).values() if is_hub_id(name)}) or None,
-        datasets=sorted({path for path in paths if is_hub_id(path)}) or None,
+        datasets=sorted({*filter(is_hub_id, paths), *data_sets_of(made_from(settings))}) or None,
         tags=["siq-vl", "vision-language", f"stage-{settings['stage']}"],
         model_name=repo_id or f"SiQ-VL {settings['recipe']} stage {settings['stage']}" if results else None,
         eval_results=results or None,

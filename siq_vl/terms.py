@@ -119,6 +119,12 @@ def made_from(settings: Mapping) -> list[str]:
     return sorted({name for name in names if is_hub_id(name)})
 
 
+def data_sets_of(names: Iterable[str]) -> list[str]:
+    """Return the ids of those that are data sets of the table, without their subsets."""
+    known = yaml.safe_load(TABLE.read_text(encoding="utf-8"))["data sets"]
+    return sorted({id for id in known for name in names if name == id or name.startswith(f"{id}/")})
+
+
 def source_name(source: Mapping) -> str:
     """Return the id of a source of a recipe, with its subset."""
     return "/".join(filter(None, (source.get("path"), source.get("subset"))))

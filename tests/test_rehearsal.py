@@ -63,7 +63,9 @@ def test_everything_came_from_this_hub_alone(walked):
 
 def test_the_card_names_what_the_whole_chain_was_made_from(walked):
     card = (walked.work / STUDENT / "README.md").read_text()
-    assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-nc-sa-4.0"
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["license"] == "cc-by-nc-sa-4.0"
+    assert {"HuggingFaceM4/FineVision", "derek-thomas/ScienceQA", "HuggingFaceM4/ChartQA"} <= {*metadata["datasets"]}
     for name in (
         "FineVision/sharegpt4v(knowledge)",
         "derek-thomas/ScienceQA",
