@@ -248,6 +248,7 @@ def test_the_whole_run_is_counted_from_recipes_and_published_sizes():
         (["tencent/HunyuanOCR"], "other"),
         (["derek-thomas/ScienceQA", "tencent/HunyuanOCR"], "other"),
         (["HuggingFaceM4/FineVision/cocoqa"], "other"),
+        (["HuggingFaceM4/FineVision/cocoqa", "HuggingFaceM4/FineVision/sharegpt4v(coco)"], "other"),
         (["somebody/something"], "other"),
     ],
 )
