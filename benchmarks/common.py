@@ -66,6 +66,14 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def as_options(settings: Mapping[str, object]) -> list[str]:
+    """Return settings as a command line that `parse_recipe` reads."""
+    options = []
+    for name, value in settings.items():
+        options += [f"--{name}", str(value)]
+    return options
+
+
 def prepare(options: argparse.Namespace) -> argparse.Namespace:
     """Set up what the options say, and fill in those that depend on others."""
     if options.device == "cuda" and not torch.cuda.is_available():

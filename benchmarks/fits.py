@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from trl.trainer.utils import get_peak_flops
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
-from siq_vl.planning.sizes import Sizes, count, training_memory
+from siq_vl.planning.sizes import Sizes, TrainingSetup, count, training_memory
 from siq_vl.training.arguments import ModelArguments
 
 CARDS = (6, 8, 12, 16, 24)  # GB, as sold: 2**30 bytes each
@@ -96,15 +96,8 @@ def step_flops(config: SiQVLConfig, batch_size: int, length: int, supervised: in
 
 def predicted(run: Run, config: SiQVLConfig, sizes: Sizes, batch_size: int) -> int:
     """Return the predicted peak of a run in bytes."""
-    return training_memory(
-        config,
-        sizes,
-        batch_size,
-        run.length,
-        supervised=batch_size * run.length // 4,
-        bf16_weights=True,
-        nf4=run.nf4,
-    ).total
+    setup = TrainingSetup(bf16_weights=True, nf4=run.nf4)
+    return training_memory(config, sizes, batch_size, run.length, setup, batch_size * run.length // 4).total
 
 
 def largest_batch(run: Run, config: SiQVLConfig, sizes: Sizes, limit: int) -> int:

@@ -13,8 +13,8 @@ from PIL import Image, ImageChops
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging as transformers_logging
 
-from siq_vl.evaluation.intervals import clustered_ratio
 from siq_vl.evaluation.predictions import judge
+from siq_vl.evaluation.statistics import clustered_ratio
 from siq_vl.results import by_name, read_results, table_rows
 from siq_vl.training.arguments import ModelArguments
 from siq_vl.training.stages import count_parameters, freeze_for_stage

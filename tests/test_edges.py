@@ -164,7 +164,7 @@ def test_a_conclusion_is_what_the_last_sentence_or_the_named_answer_says():
 
 def test_bounds_of_the_length_are_within():
     for least, most, rules in ((3, 9, []), (1, 3, []), (4, 9, ["length"]), (1, 2, ["length"])):
-        assert verdict(traced("one two three", "red"), min_length=least, max_length=most) == rules
+        assert verdict(traced("one two three", "red"), min_words=least, max_words=most) == rules
 
 
 def test_only_a_trace_with_a_hint_can_leak_it():

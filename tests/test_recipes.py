@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from siq_vl.planning.plan import count_tokens, plan, predicted_memory
-from siq_vl.planning.sizes import count
+from siq_vl.planning.plan import count_tokens, plan
+from siq_vl.planning.sizes import count, predicted_memory
 from siq_vl.training.backbones import planned_config, random_model
 from siq_vl.training.callbacks import FreeMemoryCallback
 from siq_vl.training.recipes import RECIPES, REPO_ROOT, parse_recipe

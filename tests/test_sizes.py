@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
-from siq_vl.planning.sizes import count, main, parse_options, training_memory
+from siq_vl.planning.sizes import TrainingSetup, count, main, parse_options, training_memory
 from siq_vl.training.arguments import STAGES, ModelArguments
 from siq_vl.training.backbones import model_config
 from siq_vl.training.recipes import RECIPES, recipe_names
@@ -108,7 +108,7 @@ def test_activations_are_what_autograd_keeps(make_config, stage, bf16, checkpoin
     for n_layers in (2, 6):
         config = make_config(text={**shape, "num_hidden_layers": n_layers})
         sizes = count(config, stage, ModelArguments(lora_r=1))
-        memory = training_memory(config, sizes, 2, 80, bf16=bf16, checkpointing=checkpointing)
+        memory = training_memory(config, sizes, 2, 80, TrainingSetup(bf16=bf16, checkpointing=checkpointing))
         estimated.append(memory.activations)
         kept.append(kept_by_autograd(config, stage, 2, 80, bf16, checkpointing))
     assert estimated[1] - estimated[0] == pytest.approx(kept[1] - kept[0], rel=0.05)
@@ -120,7 +120,7 @@ def test_activations_are_what_autograd_keeps(make_config, stage, bf16, checkpoin
 def test_optimizer_gradients_and_weights(make_config):
     config = make_config(projector_bias=False)
     sizes = count(config, "1", ModelArguments())
-    memory = training_memory(config, sizes, 1, 10)
+    memory = training_memory(config, sizes, 1, 10, TrainingSetup())
     model = SiQVLForConditionalGeneration(config)
     freeze_for_stage(model, "1", ModelArguments())
     optimizer = torch.optim.AdamW(weight for weight in model.parameters() if weight.requires_grad)
@@ -138,4 +138,4 @@ def test_refuses_an_empty_batch(make_config, batch_size, length):
     config = make_config()
     sizes = count(config, "1", ModelArguments())
     with pytest.raises(ValueError, match=f"batch size is {batch_size} and length {length}; both must be at least 1"):
-        training_memory(config, sizes, batch_size, length)
+        training_memory(config, sizes, batch_size, length, TrainingSetup())

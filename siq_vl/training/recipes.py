@@ -96,6 +96,10 @@ class Recipe:
         """Return the folder that a path of the recipe means, or the path unchanged, as a Hub id, where there is none."""
         return local_or_hub(path, self.places)
 
+    def has(self, path: str) -> bool:
+        """Whether a file or folder that the recipe names is on this machine."""
+        return any((place / path).exists() for place in (Path(), *self.places))
+
 
 def recipe_names() -> list[str]:
     """Return the recipes that the repo carries."""
