@@ -20,15 +20,9 @@ HUB_FAILURES: tuple[type[Exception], ...] = (
 _SHOWN = 600  # characters of a library's own words
 _GATED = ("gated", "restricted", "awaiting a review", "401 client error", "403 client error", "authenticated")
 _CUT_OFF = (
-    "incomplete",
-    "connection",
-    "timed out",
-    "couldn't reach",
-    "max retries",
-    "offline",
-    "cannot send a request",
-)
-_CUT_OFF += ("peer closed", "disconnected", "can't load")
+    ("incomplete", "connection", "timed out", "couldn't reach", "max retries", "offline", "cannot send a request")
+    + ("peer closed", "disconnected", "can't load")
+)  # fmt: skip
 
 
 def unreadable_data_set(id: str, subset: str | None, split: str, error: Exception) -> ValueError:
@@ -62,7 +56,7 @@ def unreadable_model(id: str, error: Exception) -> ValueError:
 
 def _words(error: BaseException) -> str:
     """Return an error's own words and those of what caused it, on one line."""
-    texts = []
+    texts: list[str] = []
     found: BaseException | None = error
     while found is not None and len(texts) < 3:
         text = " ".join(str(found).split()) or type(found).__name__
