@@ -33,7 +33,10 @@ INTERRUPTED = 130
 def generate(options: Options, store: TraceStore, left_out: LeftOut) -> Progress:
     """Ask every teacher what is missing; stop early where one's budget is spent or the run is interrupted."""
     record_rules(store, options.verification)
-    named = [options.teacher.model, source_name({"path": options.questions.questions, "subset": options.questions.subset})]
+    named = [
+        options.teacher.model,
+        source_name({"path": options.questions.questions, "subset": options.questions.subset}),
+    ]
     for line in warnings_of(filter(is_hub_id, named)):
         print(f"TERMS: {line}")
     origin = options.questions.described()
