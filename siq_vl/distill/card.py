@@ -6,8 +6,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from siq_vl.distill.descriptions import DESCRIPTIONS
-from siq_vl.distill.traces import evaluated, origins, write_text
+from siq_vl.distill.traces import evaluated, origins
 from siq_vl.distill.yields import sealed_traces, store_yield, tables
+from siq_vl.files import write_text
 
 _CARD = """\
 ---

@@ -1,6 +1,8 @@
 """The command line of `generate_traces.py`: dataclasses whose fields are its options, and what is built from them."""
 
 import json
+import logging
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,7 +12,8 @@ from transformers import HfArgumentParser
 
 from siq_vl.data.adapters import FORMATS
 from siq_vl.data.figures.dataset import SPLITS, STYLES
-from siq_vl.data.sources import FIGURES, Source, SourceConfig
+from siq_vl.data.mixture_config import FIGURES, SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.distill.budget import Budget, BudgetLimits
 from siq_vl.distill.descriptions import DESCRIPTIONS, pictures_to_describe
 from siq_vl.distill.prompts import Prompts, families
@@ -33,9 +36,13 @@ from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
 from siq_vl.distill.traces import is_evaluated
 from siq_vl.distill.verification import Verification
 
+logger = logging.getLogger(__name__)
+
 TEACHERS = ("figures", "transformers", "openai")
 _DRAWN_COUNT = 300
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+# Options by their old names, which mean tokens where models are trained.
+_RENAMED = {"--min_length": "--min_words", "--max_length": "--max_words"}
 
 
 @dataclass
@@ -372,6 +379,10 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
         StoreArguments, QuestionArguments, TeacherArguments, ServerSettings, BudgetLimits, Verification, Selection,
     )  # fmt: skip
     parser = HfArgumentParser(parts, description=description, formatter_class=RawDescriptionHelpFormatter)
+    for given in sys.argv[1:] if argv is None else argv:
+        old = given.partition("=")[0]
+        if old in _RENAMED:
+            logger.warning("%s is deprecated: it counts words, and is called %s now", old, _RENAMED[old])
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
