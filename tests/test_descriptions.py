@@ -15,8 +15,9 @@ from siq_vl.data.conversations import text_of
 from siq_vl.data.preprocessing import DropLog
 from siq_vl.distill.descriptions import DESCRIPTIONS, Descriptions, pictures_to_describe
 from siq_vl.distill.options import parse_options
+from siq_vl.distill.trace_arguments import TraceArguments
 from siq_vl.distill.traces import TraceStore, read_traces
-from siq_vl.distill.training_rows import TraceArguments, store_state, training_traces
+from siq_vl.distill.training_rows import store_state, training_traces
 from siq_vl.distill.verification import RuleInput, Verification
 from siq_vl.distill.yields import store_yield
 

@@ -17,8 +17,9 @@ from siq_vl.data.sources import Source
 from siq_vl.distill.options import parse_options
 from siq_vl.distill.questions import LeftOut, TraceQuestion
 from siq_vl.distill.source_questions import source_questions
+from siq_vl.distill.trace_arguments import TraceArguments
 from siq_vl.distill.traces import TraceStore, evaluated, origins, read_traces
-from siq_vl.distill.training_rows import TraceArguments, training_traces
+from siq_vl.distill.training_rows import training_traces
 from siq_vl.distill.verification import RuleInput, Verification
 
 REPO_ROOT = Path(__file__).resolve().parent.parent

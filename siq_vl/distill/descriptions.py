@@ -17,7 +17,7 @@ from siq_vl.data.fields import Unreadable, as_text, kind, parse_row
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.preprocessing import DropLog
 from siq_vl.distill.questions import EncodedPicture, FileReference, ImagePolicy, TraceQuestion
-from siq_vl.distill.traces import write_text
+from siq_vl.files import write_text
 
 DESCRIPTIONS = "descriptions"
 # What the store of descriptions holds as their questions; prompts have words of their own.

@@ -100,6 +100,8 @@ def _questions(source: Source, number: int, row: Mapping | Unreadable, task: str
     Raises:
         Dropped: the row is broken, or one of its questions cannot be asked.
     """
+    if isinstance(row, Unreadable):
+        raise bad_row(f"it is {row.why}")
     conversation = source.conversation(row)
     messages = conversation.messages
     # A question is a turn of the user that an answer follows, be the answer empty.

@@ -53,7 +53,7 @@ class PresencePenalty(LogitsProcessor):
         """Return the scores, `(rows, vocabulary)`, after the tokens `(rows, tokens)`."""
         written = input_ids[:, self.prompt_length :]
         penalties = torch.zeros_like(scores).scatter_(1, written, self.penalty)
-        return scores - penalties
+        return scores - penalties  # type: ignore[return-value]
 
 
 class TransformersTeacher(Teacher):
