@@ -138,7 +138,7 @@ class HeldOutCallback(TrainerCallback):
     def _answers(self) -> list[str]:
         model, accelerator = self.trainer.model_wrapped, self.trainer.accelerator
         was_training = model.training
-        with unwrap_model_for_generation(model, accelerator) as unwrapped, outermost_weights(model, accelerator):
+        with unwrap_model_for_generation(model, accelerator) as unwrapped, outermost_weights(model):
             answers = self._generate(unwrapped)
         model.train(was_training)
         return answers

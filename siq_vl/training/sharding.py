@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
@@ -68,7 +68,7 @@ def whole_weights(training: SFTConfig) -> Iterator[None]:
 
 
 @contextmanager
-def outermost_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+def outermost_weights(model: nn.Module) -> Iterator[None]:
     """Let a model generate under FSDP2, whichever of its modules is called for it.
 
     FSDP2 gathers the weights of the outermost module, those of no layer, when that module is called; PEFT generates with
@@ -76,14 +76,14 @@ def outermost_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[No
 
     Args:
         model: as the trainer wrapped it.
-        accelerator: the trainer's.
     """
-    if not accelerator.is_fsdp2:
+    if not isinstance(model, FSDPModule):
         yield
         return
+    device = next(model.parameters()).device
     # Which module is the outermost FSDP2 finds out in the first forward pass.
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=accelerator.device), use_cache=False)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
     model.unshard()
     try:
         yield
