@@ -1,13 +1,15 @@
-"""Model cards of stage checkpoints, and pushing them to the Hub."""
+"""Cards for the Hub, those of stage checkpoints, and pushing these there."""
 
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub import CardData, EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
+
+from siq_vl.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +40,7 @@ _WAIT_SECONDS = 2.0
 _FAILURES: tuple[type[Exception], ...] = (HfHubHTTPError, OSError, RuntimeError, HfHubHTTPError.__bases__[0])
 _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
 
-_CARD = """\
----
-{metadata}
----
-
+_INTRODUCTION = """\
 # SiQ-VL, stage {stage}: {title}
 
 A SigLIP vision tower, a pixel-shuffle projector and a {decoder} language model, after stage {stage} ({title}) of recipe
@@ -54,20 +52,34 @@ from transformers import AutoModelForImageTextToText, AutoProcessor  # AutoModel
 model = AutoModelForImageTextToText.from_pretrained({load}, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained({load}, trust_remote_code=True)
 ```
-
-## Recipe
-
-| setting | value |
-|---|---|
-{rows}
-
-All settings are in `training_settings.json`, the loss log in `training_log.jsonl`.{adapter_note}
-{sections}"""
+"""
 
 _RANDOM_WARNING = """
 > **Random weights.** This model was built from the sizes of its backbones, not from their weights, to measure speed and
 > memory. Its answers mean nothing.
 """
+
+
+def hub_card(metadata: CardData, introduction: str, sections: Mapping[str, str]) -> str:
+    """Return the README.md of a model or a data set on the Hub.
+
+    Args:
+        metadata: what the Hub reads, as front matter in YAML.
+        introduction: title and first paragraphs, as Markdown.
+        sections: further Markdown by heading, in this order.
+    """
+    parts = [f"---\n{metadata.to_yaml().strip()}\n---", introduction.strip()]
+    for heading, text in sections.items():
+        parts.append(f"## {heading}\n\n{text.strip()}")
+    return "\n\n".join(parts) + "\n"
+
+
+def card_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table without padding, as cards and benchmarks have it."""
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for cells in rows:
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def model_card(
@@ -91,20 +103,49 @@ def model_card(
         repo_id: where the checkpoint is pushed, for the lines that load it.
         revision: the branch it is pushed to.
     """
-    adapter = settings["adapter"]
-    load = f'"{repo_id or "path/to/this"}"' + (f', revision="{revision}"' if revision not in (None, "main") else "")
-    return _CARD.format(
-        metadata=_metadata(settings, scores or {}, repo_id).to_yaml().strip(),
+    scores = scores or {}
+    load = f'"{repo_id or "path/to/this"}"'
+    if revision not in (None, "main"):  # what is loaded where nothing is said
+        load += f', revision="{revision}"'
+    warning = ""
+    if settings["model"].get("random_weights"):
+        warning = _RANDOM_WARNING
+    introduction = _INTRODUCTION.format(
         stage=settings["stage"],
         title=STAGE_TITLES[settings["stage"]],
         recipe=settings["recipe"],
         decoder=settings.get("decoder", "decoder-only"),
-        warning=_RANDOM_WARNING if settings["model"].get("random_weights") else "",
+        warning=warning,
         load=load,
-        rows="\n".join(f"| {name} | {value} |" for name, value in _facts(settings).items()),
-        adapter_note=f" The adapter is in `adapter/`. {settings.get('merged_into') or ''}" if adapter else "",
-        sections=_sections(settings, has_curve, has_emergence, before_after, scores or {}),
     )
+    sections = {"Recipe": _recipe_section(settings)}
+    if before_after:
+        sections["Before and after"] = before_after
+    if has_curve:
+        sections["Learning curve"] = f"![training loss]({CURVE_FILE})"
+    if has_emergence:
+        sections["How reasoning emerged"] = f"![where, how long, how structured]({EMERGENCE_FIGURE})"
+    if scores:
+        sections["Scores"] = _scores_table(scores)
+    if settings.get("data_table"):
+        sections["Data"] = settings["data_table"]
+    return hub_card(_metadata(settings, scores, repo_id), introduction, sections)
+
+
+def _recipe_section(settings: dict) -> str:
+    table = card_table(["setting", "value"], list(_facts(settings).items()))
+    note = "All settings are in `training_settings.json`, the loss log in `training_log.jsonl`."
+    if settings["adapter"]:
+        note += f" The adapter is in `adapter/`. {settings.get('merged_into') or ''}"
+    return f"{table}\n\n{note}"
+
+
+def _scores_table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    rows = []
+    for benchmark, metrics in scores.items():
+        for metric, value in metrics.items():
+            rows.append([benchmark, metric, value])
+    return card_table(["benchmark", "metric", "value"], rows)
 
 
 def _facts(settings: dict) -> dict[str, object]:
@@ -141,60 +182,46 @@ def _lora(adapter: dict) -> str:
     return f"r={adapter['lora_r']}, alpha={adapter['lora_alpha']}, dropout={adapter['lora_dropout']}{base}{vision}"
 
 
-def _sections(
-    settings: dict,
-    has_curve: bool,
-    has_emergence: bool,
-    before_after: str,
-    scores: Mapping[str, Mapping[str, float]],
-) -> str:
-    sections = []
-    if before_after:
-        sections.append(f"## Before and after\n\n{before_after.strip()}\n")
-    if has_curve:
-        sections.append("## Learning curve\n\n![training loss](learning_curve.svg)\n")
-    if has_emergence:
-        sections.append("## How reasoning emerged\n\n![where, how long, how structured](emergence.svg)\n")
-    if scores:
-        lines = [
-            f"| {name} | {metric} | {value} |" for name, metrics in scores.items() for metric, value in metrics.items()
-        ]
-        sections.append("\n".join(["## Scores\n", "| benchmark | metric | value |", "|---|---|---|", *lines, ""]))
-    if table := settings.get("data_table"):
-        sections.append(f"## Data\n\n{table}\n")
-    return "".join(f"\n{section}" for section in sections)
-
-
 def _metadata(settings: dict, scores: Mapping[str, Mapping[str, float]], repo_id: str | None) -> ModelCardData:
-    sources = settings["data"].get("sources") or []
-    paths = [source["path"] for source in sources if isinstance(source, Mapping) and source.get("path")]
-    results = [
-        EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=name.lower().replace(" ", "-"),
-            dataset_name=name,
-            metric_type=metric,
-            metric_value=value,
-        )
-        for name, metrics in scores.items()
-        for metric, value in metrics.items()
-    ]
-    return ModelCardData(
+    # The drawn figures, and sources of settings that earlier versions wrote, have no path.
+    paths = []
+    for source in settings["data"].get("sources") or []:
+        if isinstance(source, Mapping):
+            paths.append(source.get("path"))
+    backbones = (settings.get("backbones") or {}).values()
+    metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         license="apache-2.0",
-        base_model=sorted({name for name in (settings.get("backbones") or {}).values() if _is_hub_id(name)}) or None,
+        # The Hub links to what these name: folders of this machine are left out.
+        base_model=sorted({name for name in backbones if _is_hub_id(name)}) or None,
         datasets=sorted({path for path in paths if _is_hub_id(path)}) or None,
         tags=["siq-vl", "vision-language", f"stage-{settings['stage']}"],
-        model_name=repo_id or f"SiQ-VL {settings['recipe']} stage {settings['stage']}" if results else None,
-        eval_results=results or None,
     )
+    results = []
+    for benchmark, metrics in scores.items():
+        for metric, value in metrics.items():
+            result = EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=benchmark.lower().replace(" ", "-"),
+                dataset_name=benchmark,
+                metric_type=metric,
+                metric_value=value,
+            )
+            results.append(result)
+    if results:
+        metadata.eval_results = results
+        # The Hub shows results only under a name.
+        metadata.model_name = repo_id or f"SiQ-VL {settings['recipe']} stage {settings['stage']}"
+    return metadata
 
 
 def _is_hub_id(name: str | None) -> bool:
+    """Return whether a name is one of the Hub's, and not a folder here or in the repo, which come first."""
     if not name or name.count("/") != 1 or name.startswith((".", "/")):
         return False
-    return not any((base / name).exists() for base in (Path(), Path(__file__).resolve().parents[1]))
+    repo = Path(__file__).resolve().parents[1]
+    return not Path(name).exists() and not (repo / name).exists()
 
 
 def write_card(
@@ -215,19 +242,24 @@ def write_card(
     if not path.exists():
         raise ValueError(f"{folder} has no training_settings.json: a card is written for what a training stage left")
     if before_after is not None:
-        (folder / BEFORE_AFTER_FILE).write_text(before_after.strip() + "\n", encoding="utf-8")
-    kept = folder / BEFORE_AFTER_FILE
-    scores = folder / SCORES_FILE
+        write_text(folder / BEFORE_AFTER_FILE, before_after.strip() + "\n")
+    # Without a new table the card keeps the one that an evaluation left: pushing must not lose it.
+    kept = ""
+    if (folder / BEFORE_AFTER_FILE).exists():
+        kept = (folder / BEFORE_AFTER_FILE).read_text(encoding="utf-8")
+    scores = None
+    if (folder / SCORES_FILE).exists():
+        scores = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
     card = model_card(
         json.loads(path.read_text(encoding="utf-8")),
         has_curve=(folder / CURVE_FILE).exists(),
         has_emergence=(folder / EMERGENCE_FIGURE).exists(),
-        before_after=kept.read_text(encoding="utf-8") if kept.exists() else "",
-        scores=json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else None,
+        before_after=kept,
+        scores=scores,
         repo_id=repo_id,
         revision=revision,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
 
 
 def push_stage(

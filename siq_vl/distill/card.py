@@ -3,27 +3,13 @@
 import json
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetCardData, HfApi
 
 from siq_vl.distill.yields import sealed_traces, store_yield, tables
 from siq_vl.files import write_text
+from siq_vl.hub import hub_card
 
-_CARD = """\
----
-task_categories:
-- visual-question-answering
-- image-text-to-text
-tags:
-- chain-of-thought
-- distillation
-- siq-vl
-size_categories:
-- {size}
-configs:
-- config_name: default
-  data_files: data/traces-*.parquet
----
-
+_INTRODUCTION = """\
 # Reasoning traces
 
 {made} traces of reasoning about pictures, generated offline by {teachers} and verified; {kept} were kept. Rejected ones
@@ -38,17 +24,6 @@ traces = load_dataset("path/to/this", split="train").filter(lambda trace: trace[
 One row is one trace: the sample's id, picture, question and gold answers; teacher, revision, prompt version and sampling
 settings; the raw output, taken apart into `rationale` and `answer`; and the verdict. `hinted` says whether the teacher was
 shown the gold answer. `agreement` is the share of the question's other answers that are the same.
-{tables}
-
-## Teachers
-
-{settings}
-
-## How the traces were verified
-
-```json
-{rules}
-```
 """
 _ASKED_HOW = ("teacher", "revision", "prompt", "sampling", "hinted")
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M"}  # the first bound above counts
@@ -62,22 +37,21 @@ def write_card(folder: Path) -> Path:
     note = ""
     if any(name.startswith("figures-") for name in found.teachers):
         note = _ORACLE
-    shown_tables = ""
-    for title, table in tables(found).items():
-        shown_tables += f"\n## {title}\n\n{table}\n"
-    rules = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    text = _CARD.format(
-        size=_size_category(found.made),
-        made=found.made,
-        kept=found.kept,
-        teachers=", ".join(f"`{name}`" for name in sorted(found.teachers)),
-        note=note,
-        tables=shown_tables,
-        settings="\n".join(_settings(folder)),
-        rules=json.dumps(rules, indent=2),
+    names = ", ".join(f"`{name}`" for name in sorted(found.teachers))
+    introduction = _INTRODUCTION.format(made=found.made, kept=found.kept, teachers=names, note=note)
+    metadata = DatasetCardData(
+        task_categories=["visual-question-answering", "image-text-to-text"],
+        tags=["chain-of-thought", "distillation", "siq-vl"],
+        size_categories=[_size_category(found.made)],
+        # The store holds other files too; without this the Hub would look for rows in them.
+        configs=[{"config_name": "default", "data_files": "data/traces-*.parquet"}],
     )
+    rules = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    sections = tables(found)
+    sections["Teachers"] = "\n".join(_settings(folder))
+    sections["How the traces were verified"] = f"```json\n{json.dumps(rules, indent=2)}\n```"
     path = folder / "README.md"
-    write_text(path, text)
+    write_text(path, hub_card(metadata, introduction, sections))
     return path
 
 
