@@ -27,7 +27,8 @@ from pathlib import Path
 
 from siq_vl import cli
 from siq_vl.data.adapters import FORMATS
-from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.data.mixture_config import SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.evaluation.generation import fitting_new_tokens
 from siq_vl.evaluation.held_out import described, held_out_items
 from siq_vl.evaluation.items import Item, items_of

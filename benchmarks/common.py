@@ -29,11 +29,10 @@ from siq_vl.data.figures.dataset import sample  # noqa: E402
 from siq_vl.export import export_idefics3  # noqa: E402
 from siq_vl.hub import card_table  # noqa: E402
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration  # noqa: E402
-from siq_vl.planning.sizes import VISION_TOWER, model_config  # noqa: E402
 from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402
 from siq_vl.results import write_results  # noqa: E402
-from siq_vl.training.backbones import stand_in_processor  # noqa: E402
-from siq_vl.training.recipes import ModelArguments  # noqa: E402
+from siq_vl.training.arguments import ModelArguments  # noqa: E402
+from siq_vl.training.backbones import VISION_TOWER, model_config, stand_in_processor  # noqa: E402
 
 # SigLIP-2 Large and Qwen2.5-0.5B at about a fortieth of their size: the tower has half of the language model's weights and
 # reads four patches a token; the vocabulary holds a quarter of the latter.

@@ -25,7 +25,7 @@ from trl.trainer.utils import get_peak_flops
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.planning.sizes import Sizes, TrainingSetup, count, training_memory
-from siq_vl.training.recipes import AdapterArguments
+from siq_vl.training.arguments import ModelArguments
 
 CARDS = (6, 8, 12, 16, 24)  # GB, as sold: 2**30 bytes each
 RUNS = (
@@ -71,7 +71,9 @@ def forward_flops(config: PretrainedConfig, tokens: int, length: int) -> int:
     return config.num_hidden_layers * tokens * 2 * (weights + 2 * length * width)
 
 
-def step_flops(config: SiQVLConfig, batch_size: int, length: int, supervised: int, lora: int) -> int:
+def step_flops(
+    config: SiQVLConfig, batch_size: int, length: int, supervised: int, lora: int, *, stored_features: bool = False
+) -> int:
     """Return the model's floating-point operations of a step with a frozen tower, recomputation not counted.
 
     Tower: forward. Projector: forward, and the gradient of its weights. Language model: forward, and the gradient of its
@@ -83,12 +85,13 @@ def step_flops(config: SiQVLConfig, batch_size: int, length: int, supervised: in
         length: tokens of a sample.
         supervised: tokens of the batch that have a label.
         lora: parameters of the adapter.
+        stored_features: the tower does not run.
     """
     text, vision = config.text_config, config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     tokens = batch_size * length
     embedding = 2 * batch_size * patches * 3 * vision.patch_size**2 * vision.hidden_size
-    tower = forward_flops(vision, batch_size * patches, patches) + embedding
+    tower = 0 if stored_features else forward_flops(vision, batch_size * patches, patches) + embedding
     width = vision.hidden_size * config.pixel_shuffle_factor**2
     projector = 2 * 2 * batch_size * config.image_seq_length * width * text.hidden_size
     language = 2 * forward_flops(text, tokens, length) + 3 * 2 * tokens * lora
@@ -144,7 +147,7 @@ def settings_of(options: argparse.Namespace, run: Run) -> argparse.Namespace:
 def sizes_of(model: str, stage: str, lora_r: int) -> tuple[SiQVLConfig, Sizes]:
     """Return configuration and parameters of a model in a stage."""
     config, _ = common.random_config(model)
-    return config, count(config, stage, AdapterArguments(lora_r=lora_r))
+    return config, count(config, stage, ModelArguments(lora_r=lora_r))
 
 
 def row(run: Run, card: int, options: argparse.Namespace) -> list[str]:

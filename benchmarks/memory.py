@@ -23,8 +23,9 @@ from transformers import PrinterCallback
 
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.planning.sizes import MIB, Memory, count, predicted_memory
-from siq_vl.training.quantization import load_nf4
-from siq_vl.training.recipes import STAGES, Recipe, parse_recipe
+from siq_vl.training.arguments import STAGES
+from siq_vl.training.quantization import load_quantized
+from siq_vl.training.recipes import Recipe, parse_recipe
 from siq_vl.training.run import make_trainer
 
 METHODS = {"stage 1": ("1", False), "LoRA": ("2", False), "QLoRA": ("2", True)}
@@ -79,10 +80,10 @@ def trainer_of(options, setting: Setting, folder: str):
     recipe = recipe_of(options, setting, folder)
     model, processor = common.random_model(options.shape)
     dtype = getattr(torch, options.dtype)
-    if recipe.adapter.load_in_4bit:
+    if recipe.model.load_in_4bit:
         model.save_pretrained(f"{folder}/model")
         compute = torch.bfloat16 if options.bf16 else torch.float32
-        model = load_nf4(f"{folder}/model", recipe.adapter, dtype, compute)
+        model = load_quantized(f"{folder}/model", recipe.model, dtype, compute)
     else:
         model = model.to(dtype)
     model.model.projector.float()
@@ -137,7 +138,7 @@ def predicted_peak(options, setting: Setting) -> Memory:
     """Return the prediction for the same run."""
     recipe = recipe_of(options, setting, "outputs")
     config, _ = common.random_config(options.shape)
-    sizes = count(config, recipe.stage, recipe.adapter)
+    sizes = count(config, recipe.stage, recipe.model)
     supervised = setting.batch_size * options.supervised
     return predicted_memory(recipe, config, sizes, setting.batch_size, options.length, supervised)
 

@@ -205,6 +205,23 @@ def histogram_plot(counts: Mapping[int, int]) -> str:
     return _svg(figure)
 
 
+def bar_plot(values: Mapping[str, float], title: str) -> str:
+    """Return horizontal bars, the first on top, each with its value at its end.
+
+    Args:
+        values: by name.
+        title: what they are.
+    """
+    figure, (axes,) = _new_figure(width=7.6, height=1.0 + 0.2 * len(values))
+    axes.set_title(title, loc="left")
+    places = list(range(len(values)))
+    bars = axes.barh(places, list(values.values()), color=COLOURS[0])
+    axes.bar_label(bars, [f"{value:,.0f}" for value in values.values()], padding=2, fontsize=7)
+    axes.set_yticks(places, list(values))
+    axes.invert_yaxis()
+    return _svg(figure)
+
+
 def inline(svg: str) -> str:
     """Return a plot for use inside an HTML page, where an SVG needs no namespaces."""
     head, closing, rest = svg.partition(">")

@@ -275,7 +275,8 @@ def test_an_interruption_ends_what_is_running_and_it_does_not_count_as_done(tmp_
 
 
 def test_a_described_question_is_what_a_text_only_student_was_trained_on(tmp_path, monkeypatch):
-    from siq_vl.distill.training_rows import TraceArguments, training_traces
+    from siq_vl.distill.trace_arguments import TraceArguments
+    from siq_vl.distill.training_rows import training_traces
 
     command = ["generate_traces.py", "--count", "6", "--style", "terse", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)

@@ -11,7 +11,8 @@ from conftest import REPO_ROOT
 
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.figures.rows import assistant_turn, reasoned
-from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.data.mixture_config import SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.items import items_of

@@ -144,14 +144,14 @@ HOW = {
     "python train_sft.py --stage 1 --recipe siq-vl-0.5b --random_weights true --sources figures": Run(
         PLAN, says="random weights"
     ),
-    "python train_distill.py --recipe siq-vl-0.5b --config internvl_chartqa --dry_run": Run(says="12,469,120"),
-    "python train_distill.py --recipe siq-vl-0.5b --config qwen3vl_cocoqa --dry_run": Run(says="12,469,120"),
-    "python train_distill.py --recipe siq-vl-0.5b --config hunyuanocr --dry_run": Run(says="12,469,120"),
+    "python train_distill.py --recipe siq-vl-0.5b --variant internvl_chartqa --dry_run": Run(says="12,469,120"),
+    "python train_distill.py --recipe siq-vl-0.5b --variant qwen3vl_cocoqa --dry_run": Run(says="12,469,120"),
+    "python train_distill.py --recipe siq-vl-0.5b --variant hunyuanocr --dry_run": Run(says="12,469,120"),
     "python train_distill.py --recipe siq-vl-0.5b --dry_run": Run(says="Plan of stage 3"),
     "python generate_traces.py --teacher figures --count 14720 --duplicates none --output outputs/tiny/traces": Run(
         "--count 40", makes=True
     ),
-    "python train_distill.py --config union --emergence_steps 50": Run(
+    "python train_distill.py --variant union --emergence_steps 50": Run(
         f"{TINY} --emergence_steps 2 --emergence_count 6"
     ),
     "python -m siq_vl.training.store_features --stage 2 --recipe tiny": Run(TINY),
@@ -495,7 +495,7 @@ def test_paths_in_tables_exist():
 
 
 def test_the_recipe_shown_parses():
-    from siq_vl.training.recipes import DataArguments
+    from siq_vl.training.arguments import DataArguments
 
     shown = [block for document in DOCUMENTS.values() for block in blocks("yaml", document)]
     assert len(shown) == 1

@@ -17,7 +17,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.data.mixture_config import SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation import runner
 from siq_vl.evaluation.generation import Completion, fitting_new_tokens

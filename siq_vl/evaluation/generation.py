@@ -141,7 +141,7 @@ def complete(
     if max_thinking_tokens is not None:  # any model's generate takes it in this form
         budget = ThinkingBudgetLogitsProcessor(processor.tokenizer, max_thinking_tokens)
         bounds.append(budget.start(length, length + max_new_tokens, model.generation_config.eos_token_id))
-    with torch.inference_mode():
+    with torch.no_grad():  # under FSDP2 and ZeRO-3 the weights gathered here are trained on later
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=bounds)
     new_tokens = output[:, length:]
     # A model that ends its turn writes an end token, after which there is only padding.

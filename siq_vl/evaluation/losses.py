@@ -68,7 +68,7 @@ def _losses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> list[f
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     # What is put out at a position is the next one's token.
     labels = batch["labels"].to(model.device)[:, 1:]
-    with torch.inference_mode():
+    with torch.no_grad():  # under FSDP2 and ZeRO-3 the weights gathered here are trained on later
         logits = model(**inputs).logits[:, :-1].float()
         each = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"

@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # whether these can be imported is one of the questions
 REPO_ROOT = Path(__file__).resolve().parents[2]
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 GIB = 2**30
-STAGE_TASKS = {"1": "caption", "2": "answer", "3": "reason"}  # what drawn figures are asked
 
 # The prediction leaves out transient tensors and what the framework itself takes.
 _USABLE = 0.9
@@ -241,36 +240,37 @@ def _check_model(recipe: "Recipe", online: bool) -> Iterator[Finding]:
             yield Finding(OK, "start", start)
             wanted = [start]
     for name in dict.fromkeys(wanted):
-        yield _look_for("model", name, online, otherwise="--random_weights true, to measure only")
+        yield _look_for("model", name, recipe.has(name), online, otherwise="--random_weights true, to measure only")
 
 
 def _check_data(recipe: "Recipe", online: bool) -> Iterator[Finding]:
     """Look for the traces, or for the sources of the mixture."""
-    from siq_vl.data.sources import FIGURES
+    from siq_vl.data.mixture_config import FIGURES
 
     if recipe.traces is None:
         paths = [source.path for source in recipe.data.sources if source.path != FIGURES]
         for path in dict.fromkeys(paths):
-            yield _look_for("dataset", path, online, otherwise="--sources figures")
+            yield _look_for("dataset", path, recipe.has(path), online, otherwise="--sources figures")
         return
     store = recipe.traces.traces
-    if _is_here(store):
+    if recipe.has(store):
         yield Finding(OK, "traces", store)
     else:
         command = f"python generate_traces.py --output {store}"
         yield Finding(NOTE, "traces", f"{store} is not there yet: {command}")
 
 
-def _look_for(kind: str, name: str, online: bool, otherwise: str) -> Finding:
+def _look_for(kind: str, name: str, here: bool, online: bool, otherwise: str) -> Finding:
     """Say where a model or data set is: here, in the Hub's cache, on the Hub, or nowhere.
 
     Args:
         kind: "model" or "dataset".
         name: a path, or an id on the Hub.
+        here: whether it is on this machine.
         online: whether the Hub answers.
         otherwise: the option that does without it.
     """
-    if _is_here(name):
+    if here:
         return Finding(OK, kind, f"{name} is here")
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
     if not is_id or Path(name).suffix in (".json", ".jsonl", ".parquet"):
@@ -283,10 +283,6 @@ def _look_for(kind: str, name: str, online: bool, otherwise: str) -> Finding:
     return Finding(PROBLEM, kind, f"{name} is not here, and the Hub does not answer", fix)
 
 
-def _is_here(path: str) -> bool:
-    return Path(path).exists() or (REPO_ROOT / path).exists()
-
-
 def _is_cached(kind: str, name: str) -> bool:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
@@ -297,7 +293,7 @@ def _is_cached(kind: str, name: str) -> bool:
 
 def check_settings(recipe: "Recipe", device: Device) -> Iterator[Finding]:
     """Say which settings of the recipe this machine cannot run, memory apart."""
-    if recipe.adapter.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+    if recipe.model.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         fix = f"pip install -r {requirements_file().name}, or --load_in_4bit false"
         yield Finding(PROBLEM, "load_in_4bit", "bitsandbytes is not installed", fix)
     if recipe.training.bf16 and not device.bf16:
@@ -323,8 +319,8 @@ def memory_of(recipe: "Recipe") -> Callable[["Recipe"], int]:
     from siq_vl.training.backbones import planned_config
 
     config, _ = planned_config(recipe)
-    sizes = count(config, recipe.stage, recipe.adapter)
-    longest = longest_row(recipe, STAGE_TASKS[recipe.stage])
+    sizes = count(config, recipe.stage, recipe.model)
+    longest = longest_row(recipe)
     return lambda changed: memory_of_run(changed, config, sizes, longest).total
 
 
@@ -347,7 +343,7 @@ def changes(recipe: "Recipe") -> list[list[str]]:
     if training.bf16 and recipe.model.dtype == "float32":
         others.append(["--dtype", "bfloat16"])
     four_bit = importlib.util.find_spec("bitsandbytes") is not None and recipe.stage != "1"
-    if four_bit and not recipe.adapter.load_in_4bit:
+    if four_bit and not recipe.model.load_in_4bit:
         others.append(["--load_in_4bit", "true"])
     found += others
     pile: list[str] = []
@@ -399,7 +395,7 @@ def check_disk(recipe: "Recipe") -> Finding:
     from siq_vl.training.backbones import planned_config
 
     config, _ = planned_config(recipe)
-    sizes = count(config, recipe.stage, recipe.adapter)
+    sizes = count(config, recipe.stage, recipe.model)
     needed = 4 * (sizes.total - sizes.pooling_head)
     if recipe.training.save_strategy != "no":
         # A new one is written before the oldest goes. Each has what trains, and AdamW's two moments of it.
@@ -450,7 +446,7 @@ def examine(stage: str, name: str, overrides: list[str]) -> Iterator[Finding]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="tiny", help="a folder of recipes/")
-    parser.add_argument("--stage", choices=sorted(STAGE_TASKS), default="1")
+    parser.add_argument("--stage", choices=("1", "2", "3"), default="1")
     options, overrides = parser.parse_known_args()
     cli.say(f"recipe {options.recipe}, stage {options.stage}\n")
     broken = 0

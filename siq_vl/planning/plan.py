@@ -2,31 +2,21 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import yaml
-
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.data.collation import IGNORED, ConversationCollator
+from siq_vl.data.mixture_config import FIGURES
 from siq_vl.data.mixtures import Mixture, build_mixture
 from siq_vl.data.packing import fill, padding_share
-from siq_vl.data.sources import FIGURES
 from siq_vl.planning.sizes import Memory, Sizes, count, memory_table, predicted_memory, size_table
 from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.training.arguments import ADAPTER_FIELDS, DataArguments, ModelArguments
 from siq_vl.training.backbones import planned_config, stand_in_processor
 from siq_vl.training.checkpoints import samples_a_step
-from siq_vl.training.recipes import (
-    RECIPES,
-    REPO_ROOT,
-    AdapterArguments,
-    DataArguments,
-    Recipe,
-    backbones_of,
-    local_or_hub,
-    starting_checkpoint,
-)
+from siq_vl.training.recipes import Recipe, backbones_of, read_settings, starting_checkpoint
 from siq_vl.training.run import rows_needed, traces_for_stage
 from siq_vl.training.stored_features import feature_plan
 
@@ -85,7 +75,7 @@ def plan(recipe: Recipe, task: str) -> str:
         ValueError: the recipe cannot run.
     """
     config, source = planned_config(recipe)
-    sizes = count(config, recipe.stage, recipe.adapter)
+    sizes = count(config, recipe.stage, recipe.model)
     data = _data(recipe, task)
     counted, tokens = _tokens(recipe, config, data)
     batch, length = batch_on_device(recipe, _longest(counted))
@@ -94,7 +84,7 @@ def plan(recipe: Recipe, task: str) -> str:
     model = f"{source}\n{config.image_seq_length} tokens an image"
     if recipe.model.random_weights:
         model += "\nrandom weights: good for measuring, for nothing else"
-    parameters = size_table(sizes, recipe.adapter.lora_r)
+    parameters = size_table(sizes, recipe.model.lora_r)
     if recipe.stage == "1":
         parameters += f"\n\n{_trained(recipe, config)}"
     rows_an_epoch = rows_needed(recipe) or data.available
@@ -140,10 +130,10 @@ def memory_of_run(recipe: Recipe, config: SiQVLConfig, sizes: Sizes, longest: in
     return predicted_memory(recipe, config, sizes, batch, length)
 
 
-def longest_row(recipe: Recipe, task: str) -> int:
+def longest_row(recipe: Recipe) -> int:
     """Return the tokens of the longest of some rows, or an assumed length where no row can be read here."""
     config, _ = planned_config(recipe)
-    counted, _ = _tokens(recipe, config, _data(recipe, task))
+    counted, _ = _tokens(recipe, config, _data(recipe, recipe.task))
     return _longest(counted)
 
 
@@ -155,10 +145,9 @@ def _longest(counted: TokenCounts | None) -> int:
 
 def _trained(recipe: Recipe, config: SiQVLConfig) -> str:
     """Say what share stage 1 trains, and what stage 2 of the same recipe will make of it."""
-    adapters = {"1": recipe.adapter}
-    stage_2 = RECIPES / recipe.name / "stage2.yaml"
-    if stage_2.exists():
-        adapters["2"] = _adapter_in(stage_2)
+    adapters = {"1": recipe.model}
+    if recipe.folder is not None and (recipe.folder / "stage2.yaml").exists():
+        adapters["2"] = _adapter_in(recipe.folder / "stage2.yaml")
     lines = []
     for stage, adapter in adapters.items():
         sizes = count(config, stage, adapter)
@@ -170,14 +159,10 @@ def _trained(recipe: Recipe, config: SiQVLConfig) -> str:
     return "\n".join(lines)
 
 
-def _adapter_in(path: Path) -> AdapterArguments:
+def _adapter_in(path: Path) -> ModelArguments:
     """Return what a stage's file says of the adapter."""
-    stated = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {}
-    for field in fields(AdapterArguments):
-        if field.name in stated:
-            known[field.name] = stated[field.name]
-    return AdapterArguments(**known)
+    stated = read_settings(path)
+    return ModelArguments(**{name: value for name, value in stated.items() if name in ADAPTER_FIELDS})
 
 
 def _data(recipe: Recipe, task: str) -> PlannedData:
@@ -189,7 +174,7 @@ def _data(recipe: Recipe, task: str) -> PlannedData:
         needed = rows_needed(recipe)
         if needed:
             wanted = min(needed, _SAMPLED_ROWS)
-        mixture = build_mixture(_streamed(recipe.data), task, wanted, base=REPO_ROOT)
+        mixture = build_mixture(_streamed(recipe), task, wanted, places=recipe.places)
     except (OSError, ValueError) as error:
         return PlannedData(f"{_shares(recipe.data)}\ncannot be read here: {_line(error)}")
     text = f"{mixture.report.table()}\n\n({wanted} rows are looked at for this plan)"
@@ -217,20 +202,18 @@ def _available(mixture: Mixture) -> int | None:
     return available
 
 
-def _streamed(data: DataArguments) -> DataArguments:
+def _streamed(recipe: Recipe) -> DataArguments:
     """Return the mixture with sources from the Hub as streams: a plan downloads no data set."""
     sources = []
-    for source in data.sources:
+    any_away = False
+    for source in recipe.data.sources:
         # Streams have no size to be mixed by, so all sources get a weight once one is a stream.
-        away = not _is_here(source.path)
+        away = source.path != FIGURES and not recipe.has(source.path)
+        any_away = any_away or away
         sources.append(replace(source, streaming=source.streaming or away, weight=source.weight or 1.0))
-    if all(_is_here(source.path) for source in data.sources):
-        return data
-    return replace(data, sources=sources)
-
-
-def _is_here(path: str) -> bool:
-    return path == FIGURES or Path(path).exists() or (REPO_ROOT / path).exists()
+    if not any_away:
+        return recipe.data
+    return replace(recipe.data, sources=sources)
 
 
 def _traces(recipe: Recipe) -> PlannedData:
@@ -318,7 +301,7 @@ def _processor(recipe: Recipe) -> SiQVLProcessor:
             logger.info("texts are counted with the tokenizer of the recipe's language model")
     tower, language_model = backbones_of(recipe)
     return SiQVLProcessor.from_backbones(
-        local_or_hub(tower), local_or_hub(language_model), pixel_shuffle_factor=recipe.model.pixel_shuffle_factor
+        recipe.find(tower), recipe.find(language_model), pixel_shuffle_factor=recipe.model.pixel_shuffle_factor
     )
 
 

@@ -19,25 +19,13 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from siq_vl import cli
-from siq_vl.configuration_siq_vl import DEFAULT_TEXT_CONFIG, DEFAULT_VISION_CONFIG, TRANSFORMERS_4, SiQVLConfig
+from siq_vl.configuration_siq_vl import TRANSFORMERS_4, SiQVLConfig
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
-from siq_vl.training.recipes import STAGES, AdapterArguments, ModelArguments, Recipe, local_or_hub, parse_recipe
+from siq_vl.training.arguments import STAGES, ModelArguments
+from siq_vl.training.backbones import LANGUAGE_MODEL, model_config
+from siq_vl.training.recipes import Recipe, parse_recipe
 from siq_vl.training.stages import freeze_for_stage
 
-VISION_TOWER, LANGUAGE_MODEL = "google/siglip2-large-patch16-512", "Qwen/Qwen2.5-0.5B-Instruct"
-
-# The backbones of the report's recipes, so that their sizes need no network.
-BACKBONES = {
-    VISION_TOWER: DEFAULT_VISION_CONFIG,
-    LANGUAGE_MODEL: DEFAULT_TEXT_CONFIG,
-    "Qwen/Qwen2.5-1.5B-Instruct": {
-        **DEFAULT_TEXT_CONFIG,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-    },
-}
 MIB = 2**20
 _TILE = (4096, 32_768)  # tokens and vocabulary entries that TRL's output layer works on at once
 _NF4_BLOCK, _NF4_NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share one
@@ -121,8 +109,8 @@ class TrainingSetup:
             bf16=recipe.training.bf16,
             checkpointing=recipe.training.gradient_checkpointing,
             bf16_weights=recipe.model.dtype == "bfloat16",
-            nf4=recipe.adapter.load_in_4bit and recipe.stage != "1",
-            nested=recipe.adapter.use_bnb_nested_quant,
+            nf4=recipe.model.load_in_4bit and recipe.stage != "1",
+            nested=recipe.model.use_bnb_nested_quant,
             on_cpu=recipe.training.use_cpu,
         )
 
@@ -142,31 +130,7 @@ class TrainingSetup:
         return self.bf16 and not self.bf16_weights
 
 
-def backbone_config(name: str) -> PretrainedConfig:
-    """Return the configuration of a backbone: one of `BACKBONES`, a folder, or a Hub id."""
-    if name in BACKBONES:
-        known = dict(BACKBONES[name])
-        return AutoConfig.for_model(known.pop("model_type"), **known)
-    config = AutoConfig.from_pretrained(local_or_hub(name))
-    return config.vision_config if config.model_type == "siglip" else config
-
-
-def model_config(model: ModelArguments) -> SiQVLConfig:
-    """Return the configuration that stage 1 would build from a recipe's backbones."""
-    text = backbone_config(model.language_model or LANGUAGE_MODEL)
-    # Ids do not matter for sizes, and a small vocabulary would not have the default ones.
-    return SiQVLConfig(
-        vision_config=backbone_config(model.vision_tower or VISION_TOWER),
-        text_config=text,
-        projector_type=model.projector_type,
-        pixel_shuffle_factor=model.pixel_shuffle_factor,
-        image_token_id=0,
-        vision_start_token_id=1,
-        vision_end_token_id=2,
-    )
-
-
-def count(config: SiQVLConfig, stage: str, adapter: AdapterArguments) -> Sizes:
+def count(config: SiQVLConfig, stage: str, adapter: ModelArguments) -> Sizes:
     """Count the parameters of a model in a stage, on the meta device.
 
     Raises:
@@ -413,8 +377,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", help="a folder of recipes/; by default the report's model")
     parser.add_argument("--stage", choices=STAGES, default="2")
-    parser.add_argument("--vision_tower", help="a folder, a Hub id, or one of those known offline")
-    parser.add_argument("--language_model", help=f"likewise; known offline: {', '.join(BACKBONES)}")
+    parser.add_argument("--vision_tower", help="a folder or a Hub id")
+    parser.add_argument("--language_model", help="likewise; those of the recipes are known offline")
     parser.add_argument("--projector_type")
     parser.add_argument("--pixel_shuffle_factor", type=int)
     parser.add_argument("--lora_r", type=int)
@@ -438,12 +402,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 def _recipe_defaults(name: str | None, stage: str) -> dict:
     """Return what a recipe says of the options, and of the setup what no option sets."""
     if name is None:
-        model, adapter, batch_size, setup = ModelArguments(), AdapterArguments(), 1, TrainingSetup()
+        model, adapter, batch_size, setup = ModelArguments(), ModelArguments(), 1, TrainingSetup()
     else:
         recipe = parse_recipe((stage,), ["--recipe", name])
         # Later stages inherit the model of stage 1.
         model = parse_recipe(("1",), ["--recipe", name]).model
-        adapter, setup = recipe.adapter, TrainingSetup.of(recipe)
+        adapter, setup = recipe.model, TrainingSetup.of(recipe)
         batch_size = recipe.training.per_device_train_batch_size
     return {
         "vision_tower": model.vision_tower,
@@ -469,7 +433,7 @@ def main() -> None:
         pixel_shuffle_factor=options.pixel_shuffle_factor,
     )
     config = model_config(model)
-    sizes = count(config, options.stage, AdapterArguments(lora_r=options.lora_r))
+    sizes = count(config, options.stage, ModelArguments(lora_r=options.lora_r))
     setup = TrainingSetup(
         bf16=options.bf16,
         checkpointing=options.gradient_checkpointing,
