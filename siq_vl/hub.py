@@ -162,6 +162,7 @@ def _facts(settings: dict) -> dict[str, object]:
         "seconds of training": settings["seconds"],
         "seed": training["seed"],
     }
+    # What only some runs have: weights of an earlier step than the last, speed, memory.
     if best := settings.get("best"):
         facts["weights kept"] = ", ".join(f"{name} {value:g}" for name, value in best.items())
     speed = settings.get("speed") or {}
@@ -188,7 +189,6 @@ def _lora(adapter: dict) -> str:
 
 
 def _metadata(settings: dict, scores: Mapping[str, Mapping[str, float]], repo_id: str | None) -> ModelCardData:
-    # The drawn figures, and sources of settings that earlier versions wrote, have no path.
     paths = []
     for source in settings["data"].get("sources") or []:
         if isinstance(source, Mapping):
@@ -297,6 +297,7 @@ def push_stage(
     revision = revision or f"stage-{settings['stage']}"
     api = HfApi(token=token)
 
+    # Each request is one that may be made twice, so that it can be tried again whatever became of it.
     def patiently(request, **arguments):
         return _with_retries(request, arguments, token, attempts, wait_seconds)
 
@@ -322,8 +323,10 @@ def _with_retries(request, arguments: dict, token: str | None, attempts: int, wa
             return request(**arguments)
         except _FAILURES as error:
             message = _without_token(f"{type(error).__name__}: {' '.join(str(error).split())}", token)
-            answer = error.response if isinstance(error, HfHubHTTPError) else None
-            status = None if answer is None else answer.status_code  # an answer that tells of an error is falsy
+            status = None
+            # Held against None, since an answer that tells of an error is falsy.
+            if isinstance(error, HfHubHTTPError) and error.response is not None:
+                status = error.response.status_code
             if status is not None and status not in _TRANSIENT:
                 raise ValueError(
                     f"the Hub refuses {request.__name__} ({message}): check the repository's name and that the token "
@@ -334,6 +337,7 @@ def _with_retries(request, arguments: dict, token: str | None, attempts: int, wa
                     f"{request.__name__} failed {attempts} times ({message}): the checkpoint is complete on disk; "
                     "run the same command again to push it"
                 ) from None
+            # Twice as long each time: a Hub that is overloaded is not asked faster.
             pause = wait_seconds * 2 ** (attempt - 1)
             logger.warning("%s failed (%s); trying again in %.1f s", request.__name__, message, pause)
             time.sleep(pause)
@@ -341,4 +345,6 @@ def _with_retries(request, arguments: dict, token: str | None, attempts: int, wa
 
 
 def _without_token(text: str, token: str | None) -> str:
-    return text.replace(token, "<token>") if token else text
+    if not token:
+        return text
+    return text.replace(token, "<token>")
