@@ -40,6 +40,12 @@ test-newest:
 	$(VENV_NEWEST)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	$(VENV_NEWEST)/bin/python $(PYTEST)
 
+# What only a machine with a GPU can say, in at most 35 minutes: docs/gpu.md and docs/results/gpu.json. Without a GPU:
+# `benchmarks/gpu.py --device cpu --quick` rehearses it.
+.PHONY: gpu
+gpu: $(VENV)/.ready
+	$(VENV)/bin/python benchmarks/gpu.py
+
 # Every way to share a training among processes, DeepSpeed's too: on two processes of the CPU.
 VENV_DEVICES ?= .venv-devices
 .PHONY: test-devices
@@ -134,3 +140,10 @@ root:
 	cp outputs/tiny/stage3/*.json outputs/tiny/stage3/model.safetensors .
 	cp outputs/tiny/stage3/training_log.jsonl .
 	cp outputs/tiny/results.json docs/results/demo.json
+
+# The real path, every command of it, against a Hub of miniatures on this machine, from empty caches; on both majors. The
+# quick form is one size and one teacher; it is among the tests, too. FOLDER=... goes on with an earlier walk.
+.PHONY: rehearsal rehearsal-quick
+rehearsal rehearsal-quick: $(VENV)/.ready $(VENV5)/.ready
+	$(VENV)/bin/python -m rehearsal.walk $(if $(filter %-quick,$@),--quick) $(if $(FOLDER),--folder $(FOLDER)/4)
+	$(VENV5)/bin/python -m rehearsal.walk $(if $(filter %-quick,$@),--quick) $(if $(FOLDER),--folder $(FOLDER)/5)

@@ -1,5 +1,10 @@
-"""Cards for the Hub, those of stage checkpoints, and pushing these there."""
+"""
+Cards for the Hub, those of stage checkpoints, and pushing these there.
 
+    python -m siq_vl.hub outputs/tiny/stage3 --repo_id me/siq-vl-tiny     # a finished checkpoint, with what was measured of it
+"""
+
+import argparse
 import json
 import logging
 import time
@@ -9,7 +14,9 @@ from pathlib import Path
 from huggingface_hub import CardData, EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
+from siq_vl import cli
 from siq_vl.files import write_text
+from siq_vl.terms import data_sets_of, is_hub_id, licence_for, made_from, terms_table
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +60,10 @@ model = AutoModelForImageTextToText.from_pretrained({load}, trust_remote_code=Tr
 processor = AutoProcessor.from_pretrained({load}, trust_remote_code=True)
 ```
 """
+
+_TERMS = """\
+The licence above, `{licence}`, is the narrowest of those that this checkpoint was made from, by a table that was put together
+from their public pages. It is no legal advice: read the terms themselves."""
 
 _RANDOM_WARNING = """
 > **Random weights.** This model was built from the sizes of its backbones, not from their weights, to measure speed and
@@ -129,6 +140,9 @@ def model_card(
         sections["Scores"] = _scores_table(scores)
     if settings.get("data_table"):
         sections["Data"] = settings["data_table"]
+    sources = made_from(settings)
+    if terms := terms_table(sources):
+        sections["Terms"] = f"{_TERMS.format(licence=licence_for(sources))}\n\n{terms}"
     return hub_card(_metadata(settings, scores, repo_id), introduction, sections)
 
 
@@ -194,13 +208,16 @@ def _metadata(settings: dict, scores: Mapping[str, Mapping[str, float]], repo_id
         if isinstance(source, Mapping):
             paths.append(source.get("path"))
     backbones = (settings.get("backbones") or {}).values()
+    sources = made_from(settings)
+    licence = licence_for(sources)
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        license="apache-2.0",
+        license=licence,
+        license_name="terms-of-its-sources" if licence == "other" else None,
         # The Hub links to what these name: folders of this machine are left out.
-        base_model=sorted({name for name in backbones if _is_hub_id(name)}) or None,
-        datasets=sorted({path for path in paths if _is_hub_id(path)}) or None,
+        base_model=sorted({name for name in backbones if is_hub_id(name)}) or None,
+        datasets=sorted({*filter(is_hub_id, paths), *data_sets_of(sources)}) or None,
         tags=["siq-vl", "vision-language", f"stage-{settings['stage']}"],
     )
     results = []
@@ -219,14 +236,6 @@ def _metadata(settings: dict, scores: Mapping[str, Mapping[str, float]], repo_id
         # The Hub shows results only under a name.
         metadata.model_name = repo_id or f"SiQ-VL {settings['recipe']} stage {settings['stage']}"
     return metadata
-
-
-def _is_hub_id(name: str | None) -> bool:
-    """Return whether a name is one of the Hub's, and not a folder here or in the repo, which come first."""
-    if not name or name.count("/") != 1 or name.startswith((".", "/")):
-        return False
-    repo = Path(__file__).resolve().parents[1]
-    return not Path(name).exists() and not (repo / name).exists()
 
 
 def write_card(
@@ -348,3 +357,18 @@ def _without_token(text: str, token: str | None) -> str:
     if not token:
         return text
     return text.replace(token, "<token>")
+
+
+def main() -> None:
+    """Push a checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what a stage left")
+    parser.add_argument("--repo_id", help="by default the recipe's name, under the token's own account")
+    parser.add_argument("--revision", help="a branch; stage-<n> by default")
+    parser.add_argument("--private", action="store_true", default=None, help="where the repository is a new one")
+    options = parser.parse_args()
+    cli.say(push_stage(options.folder, repo_id=options.repo_id, revision=options.revision, private=options.private))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCardData, HfApi
 
+from siq_vl.distill.descriptions import DESCRIPTIONS
+from siq_vl.distill.traces import evaluated, origins
 from siq_vl.distill.yields import sealed_traces, store_yield, tables
 from siq_vl.files import write_text
 from siq_vl.hub import hub_card
@@ -25,6 +27,7 @@ One row is one trace: the sample's id, picture, question and gold answers; teach
 settings; the raw output, taken apart into `rationale` and `answer`; and the verdict. `hinted` says whether the teacher was
 shown the gold answer. `agreement` is the share of the question's other answers that are the same.
 """
+_OF_DESCRIPTIONS = (f"{DESCRIPTIONS}/data/traces-*.parquet", f"{DESCRIPTIONS}/*.json")  # the journal stays here
 _ASKED_HOW = ("teacher", "revision", "prompt", "sampling", "hinted")
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M"}  # the first bound above counts
 _LARGEST = "n>1M"
@@ -47,7 +50,13 @@ def write_card(folder: Path) -> Path:
         configs=[{"config_name": "default", "data_files": "data/traces-*.parquet"}],
     )
     rules = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    rules.pop("questions", None)  # which have a section of their own
     sections = tables(found)
+    # What teachers have said of the pictures, for students that see none, lies in a store inside this one.
+    if list((folder / DESCRIPTIONS / "data").glob("traces-*.parquet")):
+        for heading, table in tables(store_yield(folder / DESCRIPTIONS)).items():
+            sections[f"Descriptions of the pictures, in `{DESCRIPTIONS}`: {heading}"] = table
+    sections["Questions"] = "\n".join(questions_lines(folder))
     sections["Teachers"] = "\n".join(_settings(folder))
     sections["How the traces were verified"] = f"```json\n{json.dumps(rules, indent=2)}\n```"
     path = folder / "README.md"
@@ -61,6 +70,22 @@ def _size_category(rows: int) -> str:
         if rows < bound:
             return category
     return _LARGEST
+
+
+def questions_lines(folder: Path) -> list[str]:
+    """Return a line for each source of questions, and one for what must not be evaluated."""
+    lines = []
+    for origin in origins(folder):
+        parts = [f"`{origin['source']}`"]
+        for name in ("subset", "data_files", "split"):
+            if name in origin:
+                parts.append(f"{name} `{origin[name]}`")
+        lines.append(f"- {', '.join(parts)}")
+    if not lines:
+        lines.append("The store does not say where its questions are from.")
+    if found := evaluated(folder):
+        lines.append(f"- **Do not evaluate what is trained on these traces on {', '.join(found)}.**")
+    return lines
 
 
 def _settings(folder: Path) -> list[str]:
@@ -90,7 +115,7 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool = True) -> str:
         repo_id=repo_id,
         repo_type="dataset",
         folder_path=str(folder),
-        allow_patterns=["data/traces-*.parquet", "README.md", "report.html", "settings.json"],
+        allow_patterns=["data/traces-*.parquet", "README.md", "report.html", "settings.json", *_OF_DESCRIPTIONS],
         commit_message="Reasoning traces",
     )
     return str(found)
