@@ -26,7 +26,8 @@ from siq_vl.ablation import comparison
 from siq_vl.ablation.arms import Plan, jobs_of, read_plan
 from siq_vl.ablation.jobs import Jobs
 from siq_vl.evaluation import predictions as kept
-from siq_vl.evaluation.emergence_figure import EMERGENCE_FIGURE, EMERGENCE_FILE, read_emergence
+from siq_vl.evaluation.emergence_figure import EMERGENCE_FILE, read_emergence
+from siq_vl.hub import EMERGENCE_FIGURE
 from siq_vl.locks import Lock
 from siq_vl.plots import emergence_plot
 from siq_vl.results import write_results

@@ -30,11 +30,14 @@ def main() -> None:
     parser.add_argument("--max_thinking_tokens", type=int, help="most tokens of the reasoning; the answer follows")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="hold the language model in NF4 or int8")
     options = parser.parse_args()
+    # Picture and question are looked at first: loading a model takes longer than reading a refusal.
     image = open_image(options.image)
     if not options.question.strip():
         raise ValueError("the question is empty: ask something about the picture")
     model, processor = load_checkpoint(options.model, options.bits)
-    switch: dict[str, Any] = {"enable_thinking": False} if options.no_thinking else {}
+    template_options: dict[str, Any] = {}
+    if options.no_thinking:
+        template_options["enable_thinking"] = False
     (text,) = generate_texts(
         model,
         processor,
@@ -42,7 +45,7 @@ def main() -> None:
         [[image]],
         max_new_tokens=options.max_new_tokens,
         max_thinking_tokens=options.max_thinking_tokens,
-        **switch,
+        **template_options,
     )
     parsed = parse(text)
     if parsed.rationale:

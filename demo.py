@@ -82,7 +82,7 @@ def run_all(count: int) -> None:
 
 def say(line: str) -> None:
     cli.say(line)
-    sys.stdout.flush()
+    sys.stdout.flush()  # in a file or a pipe, too, a line is there when it is said
 
 
 def majority(items: list[Item]) -> list[kept.Prediction]:
@@ -96,46 +96,59 @@ def settings_of(name: str) -> dict:
 
 
 def curve_of(name: str) -> list[tuple[int, float]]:
-    entries = map(json.loads, (OUT / name / "training_log.jsonl").read_text().splitlines())
-    return [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    points = []
+    for line in (OUT / name / "training_log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "loss" in entry:  # the last line sums the run up, and others hold validation losses
+            points.append((entry["step"], entry["loss"]))
+    return points
 
 
 def tell(items: list[Item]) -> None:
-    """Print the tables and write the page."""
-    columns = ("blind", "stage1", "stage2", "control", "stage3")
-    answers = {
-        "majority": majority(items),
-        **{name: kept.read_predictions(EVALUATION / f"{name}.jsonl") for name in columns},
-    }
+    """Print the tables, and write them as results and as a page."""
+    answers = {"majority": majority(items)}
+    for name in ("blind", "stage1", "stage2", "control", "stage3"):
+        answers[name] = kept.read_predictions(EVALUATION / f"{name}.jsonl")
+    accuracies = accuracy_table(answers)
     captions = json.loads((EVALUATION / "stage1.captions.json").read_text())
-    multi_step = {
-        name: [p for p in answers[name] if p.group == "held out" and p.multi_step] for name in ("control", "stage3")
-    }
-    seconds = {name: round(settings_of(name)["seconds"]) for name in TRAINING}
-    lines = [
-        difference_line("stage 3 over its control, multi-step", multi_step["control"], multi_step["stage3"]),
-        "seconds of training: " + ", ".join(f"{name} {taken}" for name, taken in seconds.items()),
-    ]
-    accuracies, facts = accuracy_table(answers), caption_table(captions["scores"], captions["count"])
-    tables = {
-        "Accuracy in percent on held-out figures, with 95% intervals": accuracies + "\n\n" + "\n".join(lines),
-        "Stage 1: caption facts right, in percent": facts,
-    }
+    facts = caption_table(captions["scores"], captions["count"])
+
+    # Reasoning is for questions of several steps: there stage 3 has to be better than direct answers trained as long.
+    difference = difference_line(
+        "stage 3 over its control, multi-step", multi_step(answers["control"]), multi_step(answers["stage3"])
+    )
+    seconds: dict[str, int] = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
+    weights: dict[str, str | None] = {}
+    for name in TRAINING:
+        seconds[name] = round(settings_of(name)["seconds"])
+        curves[name] = curve_of(name)
+        weights[name] = checksum_of_weights(OUT / name)
     write_results(
         OUT / "results.json",
         {"accuracy": accuracies, "captions": facts},
-        {
-            "stage 3 over its control": lines[0],
-            "seconds of training": seconds,
-            "weights": {name: checksum_of_weights(OUT / name) for name in TRAINING},
-        },
+        {"stage 3 over its control": difference, "seconds of training": seconds, "weights": weights},
     )
+
+    times = ", ".join(f"{name} {taken}" for name, taken in seconds.items())
+    tables = {
+        "Accuracy in percent on held-out figures, with 95% intervals": (
+            f"{accuracies}\n\n{difference}\nseconds of training: {times}"
+        ),
+        "Stage 1: caption facts right, in percent": facts,
+    }
+    # The main table comes last, where a terminal still shows it.
     for title, table in reversed(tables.items()):
         print(f"{title}\n\n{table}\n")
     stages = {f"stage {stage}": answers[f"stage{stage}"] for stage in (1, 2, 3)}
     page = OUT / "report.html"
-    write_report(page, items, stages, tables, {name: curve_of(name) for name in TRAINING})
+    write_report(page, items, stages, tables, curves)
     print(f"page: {page}")
+
+
+def multi_step(predictions: list[kept.Prediction]) -> list[kept.Prediction]:
+    """Return the ordinary questions that take more than one step."""
+    return [prediction for prediction in predictions if prediction.group == "held out" and prediction.multi_step]
 
 
 def ask_one(items: list[Item]) -> None:

@@ -9,27 +9,21 @@ tile, or anywhere, mostly across the borders of tiles. The model is asked as a u
 bound that nobody gets, since nobody knows which tile it is: it is the figure's own picture, pixel for pixel.
 """
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
-from PIL import Image
+import common
 from transformers import PreTrainedModel
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO_ROOT))
-
-from siq_vl.evaluation.held_out import held_out_items  # noqa: E402
-from siq_vl.evaluation.items import Item  # noqa: E402
-from siq_vl.evaluation.predictions import predict  # noqa: E402
-from siq_vl.evaluation.shifts import anywhere, in_a_quarter  # noqa: E402
-from siq_vl.evaluation.tables import accuracy_cell, markdown  # noqa: E402
-from siq_vl.loading import load_checkpoint  # noqa: E402
-from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402
-from siq_vl.results import checksum_of_weights, write_results  # noqa: E402
+from siq_vl.evaluation.held_out import held_out_items
+from siq_vl.evaluation.items import Item
+from siq_vl.evaluation.predictions import predict
+from siq_vl.evaluation.shifts import anywhere, in_a_quarter
+from siq_vl.evaluation.tables import accuracy_cell, markdown
+from siq_vl.loading import load_checkpoint
+from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.results import checksum_of_weights, write_results
 
 MAX_TILES = 4
 TILED, RESIZED, ALONE = "all tiles and the thumbnail", "plain resize", "upper bound: the right tile alone"
@@ -37,16 +31,19 @@ TILED, RESIZED, ALONE = "all tiles and the thumbnail", "plain resize", "upper bo
 
 def in_quarters(items: Sequence[Item]) -> list[Item]:
     """Return the questions with their figures in a quarter of a larger picture, the quarters taken in turn."""
-    return [_shown(item, in_a_quarter(item.image, place % 4)) for place, item in enumerate(items)]
+    moved = []
+    for place, item in enumerate(items):
+        moved.append(replace(item, images=(in_a_quarter(item.image, place % 4),)))
+    return moved
 
 
 def at_any_place(items: Sequence[Item]) -> list[Item]:
     """Return the questions with their figures at a random place of a larger picture."""
-    return [_shown(item, anywhere(item.image, Random(item.id))) for item in items]
-
-
-def _shown(item: Item, picture: Image.Image) -> Item:
-    return replace(item, images=(picture,))
+    moved = []
+    for item in items:
+        # By the question's own name, so that every run shows it at the same place.
+        moved.append(replace(item, images=(anywhere(item.image, Random(item.id)),)))
+    return moved
 
 
 PLACES: dict[str, Callable[[Sequence[Item]], list[Item]]] = {
@@ -62,10 +59,9 @@ def answered(model: PreTrainedModel, processor: SiQVLProcessor, items: Sequence[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(REPO_ROOT), help="a checkpoint's folder")
+    parser = common.plain_parser(__doc__)
+    parser.add_argument("--model", default=str(common.REPO_ROOT), help="a checkpoint's folder")
     parser.add_argument("--count", type=int, default=300, help="held-out figures")
-    parser.add_argument("--results", type=Path, metavar="FILE.json", help="keep the table in this file, too")
     options = parser.parse_args()
     items = [item for item in held_out_items(options.count) if item.group == "held out"]
     model, processor = load_checkpoint(options.model)
@@ -73,12 +69,13 @@ def main() -> None:
     for place, placed in PLACES.items():
         large = placed(items)
         shown = {TILED: (large, MAX_TILES), RESIZED: (large, 1)}
+        # A figure that lies across the borders of tiles has no tile of its own.
         if place == "in one tile":
             shown[ALONE] = (items, 1)
         for way, (asked, max_tiles) in shown.items():
-            made = answered(model, processor, asked, max_tiles)
-            right = sum(prediction.correct for prediction in made)
-            lines.append([place, way, str(right), str(len(made)), accuracy_cell(made)])
+            predictions = answered(model, processor, asked, max_tiles)
+            right = sum(prediction.correct for prediction in predictions)
+            lines.append([place, way, str(right), str(len(predictions)), accuracy_cell(predictions)])
     table = markdown(lines)
     print(table)
     if options.results is not None:

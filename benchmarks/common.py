@@ -1,9 +1,13 @@
-"""What the benchmarks share: models in which matrix products dominate, rows, interleaved timing, tables of ratios."""
+"""What the benchmarks share: models in which matrix products dominate, rows, interleaved timing, tables of ratios.
+
+Importing it makes `siq_vl` importable, so that `python benchmarks/<name>.py` works from any folder.
+"""
 
 import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +26,8 @@ sys.path.insert(0, str(REPO_ROOT))
 
 from siq_vl.configuration_siq_vl import SiQVLConfig  # noqa: E402
 from siq_vl.data.figures.dataset import sample  # noqa: E402
+from siq_vl.export import export_idefics3  # noqa: E402
+from siq_vl.hub import card_table  # noqa: E402
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration  # noqa: E402
 from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402
 from siq_vl.results import write_results  # noqa: E402
@@ -44,12 +51,20 @@ SHAPES = {
 }  # fmt: skip
 FULL = {"0.5b": "Qwen/Qwen2.5-0.5B-Instruct", "1.5b": "Qwen/Qwen2.5-1.5B-Instruct"}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+table = card_table  # for tables that hold no ratios
 Figures = Mapping[str, float]  # what one run of a variant measured, by name
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that every benchmark has."""
+def plain_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser for a benchmark that measures no time: its tables can be kept."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, metavar="FILE.json", help="keep the tables in this file, too")
+    return parser
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that every timed benchmark has."""
+    parser = plain_parser(description)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--shape", default="small", choices=(*SHAPES, *FULL), help="random weights of these sizes")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="by default on a GPU alone")
@@ -61,13 +76,12 @@ def parser_of(description: str) -> argparse.ArgumentParser:
         choices=CLOCKS,
         help="cpu: this process's processor time, for machines that do other work; without loader processes",
     )
-    parser.add_argument("--results", type=Path, metavar="FILE.json", help="keep the tables in this file, too")
     parser.add_argument("--quick", action="store_true", help="seconds, with figures that mean nothing: does it run?")
     return parser
 
 
 def as_options(settings: Mapping[str, object]) -> list[str]:
-    """Return settings as a command line that `parse_recipe` reads."""
+    """Return settings as a command line that `parse_recipe` reads: the value `True` as the text `True`, and so on."""
     options = []
     for name, value in settings.items():
         options += [f"--{name}", str(value)]
@@ -110,6 +124,7 @@ def random_config(shape: str, **fields) -> tuple[SiQVLConfig, SiQVLProcessor]:
         ids = {"image_token_id": 0, "vision_start_token_id": 1, "vision_end_token_id": 2}
         config = SiQVLConfig(vision_config=dict(vision), text_config=text, **ids, **fields)
     processor = stand_in_processor(config)
+    # Ids are those of the tiny tokenizer that stands in, whatever the configuration came with.
     for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
         setattr(config, name, getattr(processor, name))
     config.text_config.bos_token_id = None
@@ -126,6 +141,13 @@ def random_model(shape: str, **fields) -> tuple[SiQVLForConditionalGeneration, S
     return model.eval(), processor
 
 
+def idefics3_twin(model, processor):
+    """Return an Idefics3 model that computes what a SiQ-VL model without projector bias computes, and its processor."""
+    with tempfile.TemporaryDirectory() as folder:
+        export_idefics3(model, processor, Path(folder))
+        return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
 def write_rows(folder: Path, count: int, *, long_share: float, seed: int = 0, images: int = 1) -> Path:
     """Write JPEG pictures and rows in LLaVA's format, of short answers and long captions; return the JSON file.
 
@@ -140,19 +162,25 @@ def write_rows(folder: Path, count: int, *, long_share: float, seed: int = 0, im
         images: pictures of a row.
     """
     rng, noise = Random(seed), np.random.default_rng(seed)
-    words = [word for index in range(20) for word in sample("train", index).figure.caption.split()]
+    words: list[str] = []
+    for index in range(20):
+        words += sample("train", index).figure.caption.split()
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(count):
         names = [f"images/{index}-{number}.jpg" for number in range(images)]
         for name in names:
+            # Noise in large patches, as in photos: fine noise would hardly compress, and take longer to decode.
             coarse = noise.integers(0, 256, (15, 20, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC).save(folder / name, quality=90)
-        long = rng.random() < long_share
-        question = "Describe this picture." if long else " ".join(rng.choices(words, k=rng.randint(6, 14)))
-        answer = " ".join(rng.choices(words, k=rng.randint(120, 220) if long else rng.randint(1, 4)))
-        turns = [("human", "<image>\n" * images + question), ("gpt", answer)]
-        rows.append({"image": names, "conversations": [{"from": who, "value": text} for who, text in turns]})
+        if rng.random() < long_share:
+            question = "Describe this picture."
+            answer = " ".join(rng.choices(words, k=rng.randint(120, 220)))
+        else:
+            question = " ".join(rng.choices(words, k=rng.randint(6, 14)))
+            answer = " ".join(rng.choices(words, k=rng.randint(1, 4)))
+        asked = {"from": "human", "value": "<image>\n" * images + question}
+        rows.append({"image": names, "conversations": [asked, {"from": "gpt", "value": answer}]})
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     return folder / "rows.json"
 
@@ -168,6 +196,24 @@ def stopwatch(options: argparse.Namespace) -> Callable[[], float]:
     synchronize(options.device)
     started = clock()
     return seconds
+
+
+class EpochEnds(TrainerCallback):
+    """Notes when each epoch ends.
+
+    Args:
+        seconds: what `stopwatch` returned.
+
+    Attributes:
+        ends: seconds until the end of each epoch.
+    """
+
+    def __init__(self, seconds: Callable[[], float]):
+        self.seconds = seconds
+        self.ends: list[float] = []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.ends.append(self.seconds())
 
 
 def synchronize(device: str) -> None:
@@ -187,9 +233,15 @@ def interleaved(
         warm_up: a first round that does not count.
     """
     measured: dict[str, list[Figures]] = {name: [] for name in variants}
-    for repetition in range(-1 if warm_up else 0, repetitions):
+    first_round = 0
+    if warm_up:
+        first_round = -1
+    for repetition in range(first_round, repetitions):
         # Back and forth: whoever runs first in one round runs last in the next.
-        for name in list(variants)[:: 1 if repetition % 2 == 0 else -1]:
+        order = list(variants)
+        if repetition % 2:
+            order.reverse()
+        for name in order:
             figures = variants[name]()
             if repetition >= 0:
                 measured[name].append(figures)
@@ -213,17 +265,12 @@ def ratio_table(
     lines = [f"| {figure} | {unit} | range | ratio | range of ratios |", "|---|---:|---:|---:|---:|"]
     for name, runs in measured.items():
         values = [each[figure] for each in runs]
-        pairs = zip(values, baseline, strict=True)
-        ratios = [base / value if lower_is_better else value / base for value, base in pairs]
+        ratios = []
+        for value, base in zip(values, baseline, strict=True):
+            ratios.append(base / value if lower_is_better else value / base)
         cells = (f"{statistics.median(values):.4g}", _range(values), f"{statistics.median(ratios):.2f}", _range(ratios))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table without padding."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _range(values: Sequence[float]) -> str:
@@ -232,7 +279,9 @@ def _range(values: Sequence[float]) -> str:
 
 def environment(options: argparse.Namespace) -> str:
     """Say in a line what was measured on what."""
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if options.device == "cuda":
+        device = torch.cuda.get_device_name()
     precision = "bf16" if options.bf16 else "float32"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{device}; {versions}; {precision}; shape {options.shape}; median of {options.repetitions}, {options.clock} clock"

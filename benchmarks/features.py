@@ -11,11 +11,12 @@ epoch, with the computing included, and over all epochs. One picture a row, none
 import argparse
 import copy
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import common
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 
 from siq_vl.data.mixture_config import SourceConfig
 from siq_vl.data.mixtures import build_mixture
@@ -24,53 +25,45 @@ from siq_vl.training.recipes import Recipe, parse_recipe
 from siq_vl.training.run import make_trainer
 
 VARIANTS = {
-    "pixels": ["--feature_cache", "off"],
-    "features in bfloat16": ["--feature_cache", "on", "--feature_cache_dtype", "bfloat16"],
-    "features in int8": ["--feature_cache", "on", "--feature_cache_dtype", "int8"],
+    "pixels": {"feature_cache": "off"},
+    "features in bfloat16": {"feature_cache": "on", "feature_cache_dtype": "bfloat16"},
+    "features in int8": {"feature_cache": "on", "feature_cache_dtype": "int8"},
 }
 
 
-class EpochEnds(TrainerCallback):
-    """Notes when each epoch ends."""
-
-    def __init__(self, seconds):
-        self.seconds, self.ends = seconds, []
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.ends.append(self.seconds())
-
-
-def recipe_of(options: argparse.Namespace, folder: Path, *variant: str) -> Recipe:
+def recipe_of(options: argparse.Namespace, folder: Path, variant: dict[str, str]) -> Recipe:
     """Return the tiny recipe's stage with the benchmark's sizes; its backbones are not used."""
-    arguments = {
+    settings = {
         "stage": options.stage,
         "max_steps": -1,
         "num_train_epochs": options.epochs,
         "effective_batch_size": options.batch_size,
         "per_device_train_batch_size": options.batch_size,
         "dataloader_num_workers": 0,
-        "bf16": str(options.bf16).lower(),
+        "bf16": options.bf16,
         "save_strategy": "no",
-        "disable_tqdm": "true",
+        "disable_tqdm": True,
         "output_dir": folder / "run",
         "feature_cache_dir": folder / "features",
+        **variant,
     }
-    given = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
-    return parse_recipe(("1", "2"), [*given, *variant])
+    return parse_recipe(("1", "2"), common.as_options(settings))
 
 
-def trained(options: argparse.Namespace, variant: list[str], start, rows: Dataset) -> common.Figures:
+def trained(options: argparse.Namespace, variant: dict[str, str], start, rows: Dataset) -> common.Figures:
     """Train once; return samples a second over the first epoch and over all."""
+    # A folder of its own, so that no variant finds the features of another.
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_of(options, Path(folder), *variant)
+        recipe = recipe_of(options, Path(folder), variant)
         model, processor = copy.deepcopy(start[0]), start[1]
+        # Making the trainer is a part of the first epoch: there the features are computed.
         seconds = common.stopwatch(options)
         trainer = make_trainer(recipe, model, processor, rows)
         trainer.remove_callback(PrinterCallback)
-        times = EpochEnds(seconds)
-        trainer.add_callback(times)
+        epochs = common.EpochEnds(seconds)
+        trainer.add_callback(epochs)
         trainer.train()
-    return {"first epoch": len(rows) / times.ends[0], "all epochs": options.epochs * len(rows) / times.ends[-1]}
+    return {"first epoch": len(rows) / epochs.ends[0], "all epochs": options.epochs * len(rows) / epochs.ends[-1]}
 
 
 def main() -> None:
@@ -87,17 +80,16 @@ def main() -> None:
         path = common.write_rows(Path(folder), options.rows, long_share=options.long_share)
         start = common.random_model(options.shape)
         rows = build_mixture(DataArguments(sources=[SourceConfig(str(path))]), "answer", None).rows
-        measured = common.interleaved(
-            {
-                name: lambda variant=variant: trained(options, variant, start, rows)
-                for name, variant in VARIANTS.items()
-            },
-            options.repetitions,
-        )
+        runs = {}
+        for name, variant in VARIANTS.items():
+            runs[name] = partial(trained, options, variant, start, rows)
+        measured = common.interleaved(runs, options.repetitions)
     print(common.environment(options))
     print(f"stage {options.stage}, {options.rows} rows, {options.epochs} epochs, batches of {options.batch_size}\n")
-    figures = ("first epoch", "all epochs")
-    common.show(options, {figure: common.ratio_table(measured, figure, "samples/s") for figure in figures})
+    tables = {}
+    for figure in ("first epoch", "all epochs"):
+        tables[figure] = common.ratio_table(measured, figure, "samples/s")
+    common.show(options, tables)
 
 
 if __name__ == "__main__":

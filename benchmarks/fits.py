@@ -62,9 +62,12 @@ def forward_flops(config: PretrainedConfig, tokens: int, length: int) -> int:
     """
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or hidden // heads)
-    gated = hasattr(config, "num_key_value_heads")
-    keys = width * config.num_key_value_heads // heads if gated else width
-    weights = 2 * hidden * (width + keys) + (3 if gated else 2) * hidden * inner
+    # A tower's layers have as many keys as queries, and two matrices after the attention; a decoder's share keys among
+    # heads, and have three, one of which is the gate.
+    keys, matrices = width, 2
+    if hasattr(config, "num_key_value_heads"):
+        keys, matrices = width * config.num_key_value_heads // heads, 3
+    weights = 2 * hidden * (width + keys) + matrices * hidden * inner
     return config.num_hidden_layers * tokens * 2 * (weights + 2 * length * width)
 
 
@@ -105,14 +108,18 @@ def predicted(run: Run, config: SiQVLConfig, sizes: Sizes, batch_size: int) -> i
 
 def largest_batch(run: Run, config: SiQVLConfig, sizes: Sizes, limit: int) -> int:
     """Return the largest power of two that the prediction allows in `limit` bytes, at most `EFFECTIVE_BATCH`; 0: none."""
-    fitting = [2**power for power in range(8) if predicted(run, config, sizes, 2**power) <= limit]
-    return max(fitting, default=0)
+    largest, batch_size = 0, 1
+    while batch_size <= EFFECTIVE_BATCH and predicted(run, config, sizes, batch_size) <= limit:
+        largest = batch_size
+        batch_size *= 2
+    return largest
 
 
 def measured(run: Run, options: argparse.Namespace, batch_size: int) -> tuple[float, float, float | None]:
     """Return peak GiB, tokens a second, and the share of the GPU's peak that the model's operations take."""
     settings = settings_of(options, run)
-    setting = memory.Setting({"projector": "stage 1"}.get(run.method, run.method), True, batch_size)
+    method = "stage 1" if run.method == "projector" else run.method  # as `memory.METHODS` calls it
+    setting = memory.Setting(method, checkpointing=True, batch_size=batch_size)
     with tempfile.TemporaryDirectory() as folder:
         trainer = memory.trainer_of(settings, setting, folder)
         trainer.args.max_steps = 4
@@ -131,7 +138,8 @@ def measured(run: Run, options: argparse.Namespace, batch_size: int) -> tuple[fl
 def settings_of(options: argparse.Namespace, run: Run) -> argparse.Namespace:
     """Return the options of `benchmarks/memory.py` for a run."""
     settings = argparse.Namespace(**vars(options))
-    settings.shape, settings.length, settings.supervised = run.model, run.length, run.length // 4
+    settings.shape, settings.length = run.model, run.length
+    settings.supervised = run.length // 4
     return settings
 
 
@@ -150,31 +158,35 @@ def row(run: Run, card: int, options: argparse.Namespace) -> list[str]:
     if not batch_size:
         least = predicted(run, config, sizes, 1) / GIB
         return [*start, "does not fit", "", f"{least:.1f}", "", ""]
-    gib, tokens, share = predicted(run, config, sizes, batch_size) / GIB, None, None
-    if options.device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (card - options.reserve) * GIB / total))
-        while batch_size:
-            try:
-                gib, tokens, share = measured(run, options, batch_size)
-                break
-            except torch.cuda.OutOfMemoryError:
-                batch_size //= 2
-        if not batch_size:
-            return [*start, "does not fit", "", "", "", ""]
-    speed = "" if tokens is None else f"{tokens:,.0f}"
-    used = "" if share is None else f"{share:.0%}"
-    return [*start, str(batch_size), str(EFFECTIVE_BATCH // batch_size), f"{gib:.1f}", speed, used]
+    if options.device != "cuda":
+        peak = predicted(run, config, sizes, batch_size) / GIB
+        return [*start, str(batch_size), str(EFFECTIVE_BATCH // batch_size), f"{peak:.1f}", "", ""]
+
+    # On a GPU the prediction is only where to begin: half the batch is tried until one fits.
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (card - options.reserve) * GIB / total))
+    while batch_size:
+        try:
+            peak, tokens, share = measured(run, options, batch_size)
+        except torch.cuda.OutOfMemoryError:
+            batch_size //= 2
+            continue
+        used = "" if share is None else f"{share:.0%}"
+        accumulation = str(EFFECTIVE_BATCH // batch_size)
+        return [*start, str(batch_size), accumulation, f"{peak:.1f}", f"{tokens:,.0f}", used]
+    return [*start, "does not fit", "", "", "", ""]
 
 
 def by_card(rows: Sequence[Sequence[str]]) -> str:
     """Return the rows with a column a card: the batch, and its peak in GiB."""
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    cards: list[str] = []
+    lines: dict[tuple[str, ...], list[str]] = {}  # by run; its cells are in the order of the cards
     for card, model, stage, method, batch, _, peak, *_ in rows:
-        cells.setdefault((model, stage, method), {})[card] = f"{batch} ({peak})" if batch.isdigit() else batch
-    cards = list(dict.fromkeys(each[0] for each in rows))
-    lines = [[*run, *(by[card] for card in cards)] for run, by in cells.items()]
-    return common.table(["model", "stage", "trains", *cards], lines)
+        if card not in cards:
+            cards.append(card)
+        line = lines.setdefault((model, stage, method), [model, stage, method])
+        line.append(f"{batch} ({peak})" if batch.isdigit() else batch)
+    return common.table(["model", "stage", "trains", *cards], list(lines.values()))
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ for one token, which encodes the picture and reads the prompt; tokens a second a
 """
 
 import argparse
+from functools import partial
 
 import common
 import torch
-from idefics3 import idefics3_twin
 from PIL import Image
 
 from siq_vl.data.figures.rows import user_turn
@@ -33,9 +33,10 @@ def prepared(model, processor, batch_size: int, options: argparse.Namespace, *, 
     """
     side = model.config.vision_config.image_size
     noise = torch.randint(0, 256, (batch_size, side, side, 3), dtype=torch.uint8)
-    pictures = [Image.fromarray(each.numpy()) for each in noise]
+    pictures: list = [Image.fromarray(each.numpy()) for each in noise]
+    if nested:
+        pictures = [[picture] for picture in pictures]
     text = processor.apply_chat_template(user_turn(QUESTION), add_generation_prompt=True)
-    pictures = [[picture] for picture in pictures] if nested else pictures
     inputs = processor(images=pictures, text=[text] * batch_size, padding=True, return_tensors="pt")
     return dict(inputs.to(options.device, model.dtype))
 
@@ -43,6 +44,7 @@ def prepared(model, processor, batch_size: int, options: argparse.Namespace, *, 
 @torch.inference_mode()
 def measure(model, inputs: dict, options: argparse.Namespace, **settings) -> dict[str, float]:
     """Return seconds to the first token, and tokens a second of the steps after it."""
+    # The second call repeats the first one and goes on: their difference is what the further steps take.
     times = []
     for count in (1, options.new_tokens):
         seconds = common.stopwatch(options)
@@ -63,25 +65,23 @@ def main() -> None:
     if options.quick:
         options.new_tokens, options.batch_sizes = 4, [2]
     ours, processor = common.random_model(options.shape, projector_bias=False)
-    twin, twin_processor = idefics3_twin(ours, processor)
+    twin, twin_processor = common.idefics3_twin(ours, processor)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    models = [model.to(options.device, dtype) for model in (twin, ours)]
+    twin, ours = twin.to(options.device, dtype), ours.to(options.device, dtype)
     static = {"cache_implementation": "static", "disable_compile": not options.compile}
     print(common.environment(options) + "\n")
     tables = {}
     for batch_size in options.batch_sizes:
-        theirs = prepared(models[0], twin_processor, batch_size, options, nested=True)
-        inputs = prepared(models[1], processor, batch_size, options, nested=False)
-        measured = common.interleaved(
-            {
-                "Idefics3": lambda theirs=theirs: measure(models[0], theirs, options),
-                "SiQ-VL": lambda inputs=inputs: measure(models[1], inputs, options),
-                "Idefics3, static cache": lambda theirs=theirs: measure(models[0], theirs, options, **static),
-                "SiQ-VL, static cache": lambda inputs=inputs: measure(models[1], inputs, options, **static),
-            },
-            options.repetitions,
-        )
-        rows = f"batch of {batch_size}, {inputs['input_ids'].shape[1]} tokens of prompt"
+        their_inputs = prepared(twin, twin_processor, batch_size, options, nested=True)
+        our_inputs = prepared(ours, processor, batch_size, options, nested=False)
+        variants = {
+            "Idefics3": partial(measure, twin, their_inputs, options),
+            "SiQ-VL": partial(measure, ours, our_inputs, options),
+            "Idefics3, static cache": partial(measure, twin, their_inputs, options, **static),
+            "SiQ-VL, static cache": partial(measure, ours, our_inputs, options, **static),
+        }
+        measured = common.interleaved(variants, options.repetitions)
+        rows = f"batch of {batch_size}, {our_inputs['input_ids'].shape[1]} tokens of prompt"
         first = common.ratio_table(measured, "time to first token", "s", lower_is_better=True)
         decoding = common.ratio_table(measured, "decoding", "tokens/s")
         tables |= {f"first token, {rows}": first, f"decoding, {rows}": decoding}

@@ -8,42 +8,27 @@ Both run under a plain `SFTTrainer` with its own collator, on the same rows and 
 last line is SiQ-VL with all levers of `benchmarks/training.py`.
 """
 
-import tempfile
-from pathlib import Path
+from functools import partial
 
 import common
 import training
 from peft import LoraConfig
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-from siq_vl.export import export_idefics3
-
-
-def idefics3_twin(model, processor):
-    """Return an Idefics3 model that computes what a SiQ-VL model without projector bias computes, and its processor."""
-    with tempfile.TemporaryDirectory() as folder:
-        export_idefics3(model, processor, Path(folder))
-        return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
 def adapter(options) -> LoraConfig:
     """Return stage 2's adapter for Idefics3's names of the same parts."""
-    ours = training.recipe_of(options, options.folder, []).model
+    ours = training.recipe_of(options, options.folder, {}).model
     targets = rf".*\.text_model\..*\.({'|'.join(ours.lora_target_modules)})"
     return LoraConfig(r=ours.lora_r, lora_alpha=ours.lora_alpha, target_modules=targets, modules_to_save=["connector"])
 
 
 def variants(options) -> dict:
     """Return Idefics3, SiQ-VL under the same trainer, and SiQ-VL with all levers."""
-    twin, twin_processor = idefics3_twin(options.model, options.processor)
-    peft_config = adapter(options)
-
-    def native():
-        return training.one_run(options, lambda *a: training.plain_trainer(*a, peft_config), twin, twin_processor)
-
+    twin, twin_processor = common.idefics3_twin(options.model, options.processor)
+    native_trainer = partial(training.plain_trainer, peft_config=adapter(options))
     ours = training.variants(options)
     return {
-        "Idefics3, plain TRL": native,
+        "Idefics3, plain TRL": partial(training.one_run, options, native_trainer, twin, twin_processor),
         "SiQ-VL, plain TRL": ours[training.BASELINE],
         "SiQ-VL, all levers": ours["all levers"],
     }

@@ -9,6 +9,7 @@ long as they are faster than it; stored features save it.
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import common
@@ -22,11 +23,14 @@ from siq_vl.data.mixtures import build_mixture
 
 def once(rows, collate, workers: int, options) -> common.Figures:
     """Return the samples a second of one pass, processes started and ended in it."""
-    loader = DataLoader(
-        rows, batch_size=options.batch_size, collate_fn=collate, num_workers=workers, prefetch_factor=4 if workers else None
-    )  # fmt: skip
+    settings = {}
+    if workers:
+        settings["prefetch_factor"] = 4  # which torch refuses without processes
+    loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=collate, num_workers=workers, **settings)
     seconds = common.stopwatch(options)
-    count = sum(len(batch["input_ids"]) for batch in loader)
+    count = 0
+    for batch in loader:
+        count += len(batch["input_ids"])
     return {"loading": count / seconds()}
 
 
@@ -49,9 +53,7 @@ def main() -> None:
         variants = {}
         for workers in options.workers:
             for name, source in (("pictures decoded", rows), ("stored features", stored)):
-                variants[f"{name}, {workers} processes"] = lambda source=source, workers=workers: once(
-                    source, collate, workers, options
-                )
+                variants[f"{name}, {workers} processes"] = partial(once, source, collate, workers, options)
         measured = common.interleaved(variants, options.repetitions)
     print(common.environment(options) + "\n")
     common.show(options, {"loading": common.ratio_table(measured, "loading", "samples/s")})

@@ -5,8 +5,8 @@ Peak memory of training against the prediction of `python -m siq_vl.planning.siz
     python benchmarks/memory.py --shape 0.5b --device cuda --batch_sizes 1 4 --length 1024
 
 Stage 1, LoRA and QLoRA (stages 2 and 3), with and without gradient checkpointing, by batch size. Two optimizer steps of
-the project's trainer, of two accumulated batches each, are run on a batch of fixed size. On a GPU the peak is that of torch's allocator; on a CPU the
-profiler's account of every allocation is added up. The profiler, as the prediction, leaves out what is not torch's.
+the project's trainer, of two accumulated batches each, are run on a batch of fixed size. On a GPU the peak is that of torch's allocator; on a CPU
+the profiler's account of every allocation is added up. The profiler, as the prediction, leaves out what is not torch's.
 """
 
 import gc
@@ -100,10 +100,10 @@ def peak_on_cpu(work: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         work()
     held = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()  # negative where memory is given back
+            peak = max(peak, held)
     return peak
 
 
@@ -112,8 +112,9 @@ def nf4_scales(weight: torch.nn.Parameter) -> list[torch.Tensor]:
     if type(weight).__name__ != "Params4bit" or weight.quant_state is None:
         return []
     state = weight.quant_state
-    nested = [] if state.state2 is None else [state.state2.absmax]
-    return [state.absmax, *nested]
+    if state.state2 is None:
+        return [state.absmax]
+    return [state.absmax, state.state2.absmax]  # the scales are quantized, too
 
 
 def measured_peak(options, setting: Setting) -> int:
@@ -125,8 +126,10 @@ def measured_peak(options, setting: Setting) -> int:
             trainer.train()
             return torch.cuda.max_memory_allocated()
         tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
-        tensors += [scales for weight in trainer.model.parameters() for scales in nf4_scales(weight)]
+        for weight in trainer.model.parameters():
+            tensors += nf4_scales(weight)
         gc.collect()  # what an earlier run left must not be freed, and counted, in this one
+        # By address: tied weights are one storage.
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values()) + peak_on_cpu(trainer.train)
 
@@ -158,18 +161,22 @@ def parse_options():
 def main() -> None:
     options = parse_options()
     logging.disable(logging.WARNING)
-    methods = list(METHODS) if not options.quick else ["stage 1", "LoRA"]  # NF4 wants layers of 64 inputs
+    methods = list(METHODS)
+    if options.quick:
+        methods.remove("QLoRA")  # NF4 wants layers of 64 inputs
     print(f"{common.environment(options)}\nrows of {options.length} tokens, {options.supervised} of them supervised\n")
     lines: list[list[str]] = []
     errors = []
-    for setting in (Setting(*each) for each in product(methods, (False, True), options.batch_sizes)):
+    for method, checkpointing, batch_size in product(methods, (False, True), options.batch_sizes):
+        setting = Setting(method, checkpointing, batch_size)
         measured, predicted = measured_peak(options, setting), predicted_peak(options, setting)
         error = predicted.total / measured - 1
         cells = [setting.method, "yes" if setting.checkpointing else "no", str(setting.batch_size)]
         lines.append([*cells, f"{measured / MIB:.1f}", f"{predicted.total / MIB:.1f}", f"{error:+.1%}"])
         errors.append(abs(error))
         if options.parts:
-            print(lines[-1], {name: round(value / MIB, 1) for name, value in vars(predicted).items()})
+            parts = {name: round(value / MIB, 1) for name, value in vars(predicted).items()}
+            print(lines[-1], parts)
     table = common.table(["run", "checkpointing", "batch", "measured MiB", "predicted MiB", "error"], lines)
     print(f"{table}\n\nlargest error: {max(errors):.1%}")
     common.keep(options, {"memory": table}, {"largest error in percent": round(100 * max(errors), 1)})

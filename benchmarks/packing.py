@@ -13,47 +13,29 @@ that matrix products dominate.
 import argparse
 import random
 import statistics
-import sys
 import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import CLOCKS, REPO_ROOT, as_options
 from datasets import Dataset
 from PIL import Image
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO_ROOT))
+from siq_vl.configuration_siq_vl import SiQVLConfig
+from siq_vl.data.collation import IGNORED
+from siq_vl.data.conversations import message
+from siq_vl.data.packing import SDPA_BY_SAMPLE, PackedRows, PackingCollator, padding_share
+from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
+from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.training.recipes import parse_recipe
+from siq_vl.training.run import make_trainer
 
-from siq_vl.configuration_siq_vl import SiQVLConfig  # noqa: E402
-from siq_vl.data.collation import IGNORED  # noqa: E402
-from siq_vl.data.conversations import message  # noqa: E402
-from siq_vl.data.packing import SDPA_BY_SAMPLE, PackingCollator, padding_share  # noqa: E402
-from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration  # noqa: E402
-from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402
-from siq_vl.training.recipes import parse_recipe  # noqa: E402
-from siq_vl.training.run import make_trainer  # noqa: E402
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SIZE, PATCH = 224, 16
 WORDS = [
-    "a",
-    "red",
-    "square",
-    "left",
-    "of",
-    "two",
-    "large",
-    "green",
-    "circles",
-    "under",
-    "the",
-    "small",
-    "blue",
-    "triangle",
-]
-ANSWERS = {"mixed": ((1, 4), (1, 4), (1, 4), (80, 160)), "short": ((1, 4),), "equal": ((40, 40),)}  # words, by turns
+    "a", "red", "square", "left", "of", "two", "large", "green", "circles", "under", "the", "small", "blue", "triangle",
+]  # fmt: skip
+# Fewest and most words of an answer; rows take the pairs of their mix in turn.
+ANSWERS = {"mixed": ((1, 4), (1, 4), (1, 4), (80, 160)), "short": ((1, 4),), "equal": ((40, 40),)}
 
 
 def build_model(text_width: int, text_depth: int) -> SiQVLForConditionalGeneration:
@@ -113,13 +95,28 @@ def prepare(ways: dict, steps: list[list[dict]], model, collate, pixels: bool, i
 
     def encode(samples):
         batch = collate(samples)
-        return batch if pixels else with_features(batch, model)
+        if pixels:
+            return batch
+        return with_features(batch, model)
 
     prepared = {}
     for name, (at_once, budget) in ways.items():
-        make = PackingCollator(encode, budget, image_token_id, SDPA_BY_SAMPLE) if budget else encode
-        prepared[name] = [[make(s[i : i + at_once]) for i in range(0, len(s), at_once)] for s in steps]
+        make = encode
+        if budget:
+            make = PackingCollator(encode, budget, image_token_id, SDPA_BY_SAMPLE)
+        prepared[name] = []
+        for samples in steps:
+            batches = [make(samples[first : first + at_once]) for first in range(0, len(samples), at_once)]
+            prepared[name].append(batches)
     return prepared
+
+
+def passes_of_step(batches: list) -> int:
+    """Return how many passes a step takes: one for each batch, or for each row of a packed one."""
+    passes = 0
+    for batch in batches:
+        passes += len(batch) if isinstance(batch, PackedRows) else 1
+    return passes
 
 
 def seconds_of_step(trainer, batches, clock) -> float:
@@ -145,17 +142,23 @@ def main() -> None:
     parser.add_argument("--text_depth", type=int, default=6)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of CPU, on a machine with others")
     options = parser.parse_args()
-    arguments = ["--stage", options.stage, "--bf16", "false", "--report_to", "none", "--max_length", "4096"]
+    settings = {"stage": options.stage, "bf16": False, "report_to": "none", "max_length": 4096, "batching": "packed"}
     model, processor = build_model(options.text_width, options.text_depth), build_processor()
     with tempfile.TemporaryDirectory() as folder:
-        recipe = parse_recipe((options.stage,), [*arguments, "--output_dir", folder, "--batching", "packed"])
+        recipe = parse_recipe((options.stage,), as_options({**settings, "output_dir": folder}))
         trainer = make_trainer(recipe, model, processor, Dataset.from_list([{"images": []}]))
     collate = trainer.data_collator.collate
+    # By name: samples that are collated at once, and the budget of a row in tokens; 0 pads. Packing takes a whole step's
+    # samples at once, and makes a pass of every row that they fill.
     ways = {"padded": (options.batch_size, 0)}
-    ways |= {f"packed to {budget}": (options.step_samples, budget) for budget in options.budgets}
+    for budget in options.budgets:
+        ways[f"packed to {budget}"] = (options.step_samples, budget)
     steps = [draw_samples(options.step_samples, options.mix, seed) for seed in range(options.rounds)]
     prepared = prepare(ways, steps, model, collate, options.pixels, model.config.image_token_id)
-    lengths = [int(row.sum()) for batches in prepared["padded"] for batch in batches for row in batch["attention_mask"]]
+    lengths: list[int] = []
+    for batches in prepared["padded"]:
+        for batch in batches:
+            lengths += batch["attention_mask"].sum(dim=1).tolist()
     print(
         f"{options.mix} rows of {min(lengths)} to {max(lengths)} tokens, mean {statistics.mean(lengths):.0f}; padded "
         f"batches of {options.batch_size} are {padding_share(lengths, options.batch_size):.1%} padding"
@@ -167,8 +170,9 @@ def main() -> None:
             if index >= 0:
                 taken[name].append(seconds)
     for name, times in taken.items():
-        ratio = statistics.median(base / own for base, own in zip(taken["padded"], times, strict=True))
-        passes = statistics.mean(sum(map(len, step)) if ways[name][1] else len(step) for step in prepared[name])
+        ratios = [base / own for base, own in zip(taken["padded"], times, strict=True)]
+        ratio = statistics.median(ratios)
+        passes = statistics.mean(passes_of_step(batches) for batches in prepared[name])
         rate = options.step_samples / statistics.median(times)
         print(f"{name:16} {rate:7.2f} samples/s, {ratio:.2f} x padded, {passes:.1f} passes a step")
 

@@ -29,9 +29,11 @@ def main() -> None:
         model, processor = load_checkpoint(str(options.model), bits)
         images = [list(item.images) for item in items]
         texts = generate_texts(model, processor, [item.messages for item in items], images)
-        full = full or texts
-        correct = sum(judge(item, text).correct for item, text in zip(items, texts, strict=True))
-        same = sum(a == b for a, b in zip(full, texts, strict=True))
+        full = full or texts  # the first is float32, which the others are held against
+        correct = same = 0
+        for item, text, in_full in zip(items, texts, full, strict=True):
+            correct += judge(item, text).correct
+            same += text == in_full
         size = model.get_memory_footprint() / 2**20
         print(f"| {name} | {correct} of {len(items)} | {same} | {size:.1f} |")
 

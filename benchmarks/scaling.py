@@ -10,6 +10,8 @@ of this process while the loader reads data sets of growing size, which has to s
 
 import copy
 import logging
+from functools import partial
+from itertools import islice
 
 import common
 import memory
@@ -44,6 +46,7 @@ def one_step(model: PreTrainedModel, batch: dict[str, torch.Tensor], options) ->
         loss.backward()
         model.zero_grad()
 
+    # Timed and then measured again, since watching memory takes time.
     seconds = common.stopwatch(options)
     work()
     taken = seconds()
@@ -57,12 +60,15 @@ def one_step(model: PreTrainedModel, batch: dict[str, torch.Tensor], options) ->
 
 def resident_by_size(options, processor) -> list[tuple[int, float]]:
     """Return (rows of the data set, MiB of this process after 200 of its rows), each in the same process."""
-    collate, seen = ConversationCollator(processor), []
+    collate = ConversationCollator(processor)
+    n_batches = 2 if options.quick else 25
+    seen = []
     for size in options.data_sizes:
         rows = training_rows("train", size, "answer")
-        for number, _ in enumerate(DataLoader(rows, batch_size=8, collate_fn=collate, shuffle=True)):
-            if number >= (2 if options.quick else 25):
-                break
+        # In random order, as training reads them: so all of the data set is reached for.
+        loader = DataLoader(rows, batch_size=8, collate_fn=collate, shuffle=True)
+        for _ in islice(loader, n_batches):
+            pass
         seen.append((size, psutil.Process().memory_info().rss / MIB))
     return seen
 
@@ -81,13 +87,17 @@ def main() -> None:
     model.model.projector.requires_grad_(True)
     print(common.environment(options))
     tables = {}
+    # The rows of the second sweep are all as long: what differs is the share of them that is pictures.
     longest = max(options.images) * model.config.image_seq_length + 128
-    sweeps = {
-        "tokens a row": {str(n): step_batch(model.config, n, 1) for n in options.lengths},
-        f"pictures in {longest} tokens": {str(n): step_batch(model.config, longest, n) for n in options.images},
-    }
-    for title, batches in sweeps.items():
-        variants = {name: lambda batch=batch: one_step(model, batch, options) for name, batch in batches.items()}
+    by_length, by_images = {}, {}
+    for length in options.lengths:
+        by_length[str(length)] = step_batch(model.config, length, 1)
+    for images in options.images:
+        by_images[str(images)] = step_batch(model.config, longest, images)
+    for title, batches in (("tokens a row", by_length), (f"pictures in {longest} tokens", by_images)):
+        variants = {}
+        for name, batch in batches.items():
+            variants[name] = partial(one_step, model, batch, options)
         measured = common.interleaved(variants, options.repetitions)
         print(f"\n{title}; a ratio of 0.5 is twice the cost\n")
         for figure, unit in (("step", "s"), ("memory", "MiB")):

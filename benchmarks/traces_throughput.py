@@ -6,7 +6,8 @@ How much of a server's capacity `generate_traces.py` uses, and how much memory a
 
 The server (`tests/chat_server.py`) runs in a process of its own, and the store, with drawn pictures, is the real one.
 Capacity is `slots / latency` requests a second; the share is that of the server's own clock, from the first request to
-the last answer. A few more requests than slots are kept under way, so that one waits whenever a slot falls free. Memory is the client's resident set, read at every twentieth of the run.
+the last answer. A few more requests than slots are kept under way, so that one waits whenever a slot falls free. Memory is
+the client's resident set, read at every twentieth of the run.
 """
 
 import argparse
@@ -20,18 +21,16 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import psutil
+from common import REPO_ROOT
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO_ROOT))
-
-from siq_vl.distill.pipeline import Run  # noqa: E402
-from siq_vl.distill.prompts import Prompts  # noqa: E402
-from siq_vl.distill.questions import TraceQuestion, figure_questions  # noqa: E402
-from siq_vl.distill.selection import Selection, record_rules, update_verdicts  # noqa: E402
-from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher  # noqa: E402
-from siq_vl.distill.traces import TraceStore  # noqa: E402
-from siq_vl.distill.verification import Verification  # noqa: E402
-from siq_vl.distill.yields import store_yield  # noqa: E402
+from siq_vl.distill.pipeline import Run
+from siq_vl.distill.prompts import Prompts
+from siq_vl.distill.questions import TraceQuestion, figure_questions
+from siq_vl.distill.selection import Selection, record_rules, update_verdicts
+from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
+from siq_vl.distill.traces import TraceStore
+from siq_vl.distill.verification import Verification
+from siq_vl.distill.yields import store_yield
 
 
 def watched(questions: Iterator[TraceQuestion], count: int, seen: list[tuple[int, float]]) -> Iterator[TraceQuestion]:
@@ -51,13 +50,12 @@ def main() -> None:
     parser.add_argument("--in_flight", type=int, default=80, help="requests that the client keeps under way")
     parser.add_argument("--count", type=int, default=6400)
     options = parser.parse_args()
-    server = subprocess.Popen(
-        [sys.executable, str(REPO_ROOT / "tests" / "chat_server.py"), f"--latency={options.latency}", f"--slots={options.slots}"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+    script = REPO_ROOT / "tests" / "chat_server.py"
+    command = [sys.executable, str(script), f"--latency={options.latency}", f"--slots={options.slots}"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     memory: list[tuple[int, float]] = []
     try:
+        # Its first line is the port that it was given.
         url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
         settings = ServerSettings([f"{url}/v1"], in_flight=options.in_flight)
         rules = Verification(skip_rules=["answer"])  # the server answers none of the questions
@@ -79,9 +77,8 @@ def main() -> None:
     print(f"{made} traces, {progress.failed} failed, {counts['requests']} requests, most at once {counts['peak']}")
     print(f"capacity {capacity:.1f} a second, served {rate:.1f}: {100 * rate / capacity:.1f}% ({seconds:.1f} s in all)")
     print(f"client's processor time a trace: {1000 * cpu / made:.2f} ms")
-    print(
-        "MiB resident: " + ", ".join(f"{number}: {size:.0f}" for number, size in memory) + f"; settled: {settled:.0f}"
-    )
+    resident = [f"{number}: {size:.0f}" for number, size in memory]
+    print(f"MiB resident: {', '.join(resident)}; settled: {settled:.0f}")
 
 
 if __name__ == "__main__":

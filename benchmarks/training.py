@@ -14,13 +14,14 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import common
 import torch
 from datasets import Dataset, Image, List
 from peft import PeftConfig
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from siq_vl.data.adapters import llava
@@ -32,41 +33,41 @@ from siq_vl.training.run import make_trainer
 from siq_vl.training.stages import freeze_for_stage
 
 BASELINE = "plain TRL, pixels, padded"
-# Options of the recipe that each lever sets; the output layer is SiQVLTrainer's own.
-LEVERS: dict[str, list[str]] = {
-    "output layer at supervised positions": [],
-    "length-grouped batches": ["--batching", "length_grouped"],
-    "packed rows": ["--batching", "packed"],
-    "stored vision features": ["--feature_cache", "on"],
+# Settings of the recipe that each lever changes; the output layer is SiQVLTrainer's own.
+LEVERS: dict[str, dict[str, str]] = {
+    "output layer at supervised positions": {},
+    "length-grouped batches": {"batching": "length_grouped"},
+    "packed rows": {"batching": "packed"},
+    "stored vision features": {"feature_cache": "on"},
 }
 ALTERNATIVES = ("length-grouped batches",)  # takes the place of another, so is left out of all together
 
 
-class EpochTimes(TrainerCallback):
-    """Notes when each epoch ends."""
-
-    def __init__(self, seconds: Callable[[], float]):
-        self.seconds, self.ends = seconds, []
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.ends.append(self.seconds())
-
-
-def settings(options, folder: Path) -> list[str]:
-    """Return what baseline and levers have in common, as options of a recipe."""
-    return [
-        "--output_dir", str(folder), "--num_train_epochs", str(options.epochs), "--max_steps", "-1",
-        "--per_device_train_batch_size", str(options.batch_size), "--effective_batch_size", "0",
-        "--feature_cache", "off", "--feature_cache_dir", str(folder / "features"), "--lora_r", "16", "--bf16", str(options.bf16).lower(), "--gradient_checkpointing", "false",
-        "--learning_rate", "1e-4", "--warmup_steps", "0", "--logging_steps", "1000", "--disable_tqdm", "true",
-        "--dataloader_num_workers", str(options.workers), "--use_cpu", str(options.device == "cpu").lower(),
-        "--dataloader_pin_memory", str(options.device == "cuda").lower(),
-    ]  # fmt: skip
-
-
-def recipe_of(options, folder: Path, lever: list[str]) -> Recipe:
+def recipe_of(options, folder: Path, lever: dict[str, str]) -> Recipe:
     """Return stage 2 of the tiny recipe with the benchmark's settings and a lever's."""
-    recipe = parse_recipe(STAGES, ["--stage", "2", "--recipe", "tiny", *settings(options, folder), *lever])
+    settings = {
+        "stage": "2",
+        "recipe": "tiny",
+        "output_dir": folder,
+        "num_train_epochs": options.epochs,
+        "max_steps": -1,
+        "per_device_train_batch_size": options.batch_size,
+        "effective_batch_size": 0,
+        "feature_cache": "off",
+        "feature_cache_dir": folder / "features",
+        "lora_r": 16,
+        "bf16": options.bf16,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-4,
+        "warmup_steps": 0,
+        "logging_steps": 1000,
+        "disable_tqdm": True,
+        "dataloader_num_workers": options.workers,
+        "use_cpu": options.device == "cpu",
+        "dataloader_pin_memory": options.device == "cuda",
+        **lever,
+    }
+    recipe = parse_recipe(STAGES, common.as_options(settings))
     recipe.data.sources = [SourceConfig(str(options.rows_file))]
     return recipe
 
@@ -93,9 +94,9 @@ def plain_trainer(options, model, processor, folder: Path, peft_config: PeftConf
         folder: for what the trainer writes.
         peft_config: in place of stage 2's.
     """
-    recipe = recipe_of(options, folder, [])
+    recipe = recipe_of(options, folder, {})
     arguments: SFTConfig = recipe.training
-    arguments.max_length = None
+    arguments.max_length = None  # as that documentation says: cutting a row may cut its image tokens
     return SFTTrainer(
         model,
         args=arguments,
@@ -105,7 +106,7 @@ def plain_trainer(options, model, processor, folder: Path, peft_config: PeftConf
     )
 
 
-def lever_trainer(options, model, processor, folder: Path, lever: list[str], supervised: bool) -> SFTTrainer:
+def lever_trainer(options, model, processor, folder: Path, lever: dict[str, str], supervised: bool) -> SFTTrainer:
     """Return the project's trainer with one lever or several."""
     recipe = recipe_of(options, folder, lever)
     mixture = build_mixture(recipe.data, "answer", None, processor=processor, places=[common.REPO_ROOT])
@@ -117,12 +118,13 @@ def lever_trainer(options, model, processor, folder: Path, lever: list[str], sup
 
 def one_run(options, make: Callable, model=None, processor=None) -> dict[str, float]:
     """Train a copy of a model once; return samples a second of the first epoch and of all."""
-    model, processor = copy.deepcopy(model or options.model), processor or options.processor
+    model = copy.deepcopy(model or options.model)
+    processor = processor or options.processor
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     torch.manual_seed(0)
     seconds = common.stopwatch(options)
     trainer = make(options, model, processor, folder)
-    epochs = EpochTimes(seconds)
+    epochs = common.EpochEnds(seconds)
     trainer.add_callback(epochs)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -137,13 +139,16 @@ def one_run(options, make: Callable, model=None, processor=None) -> dict[str, fl
 def variants(options) -> dict[str, Callable[[], dict[str, float]]]:
     """Return the baseline, each lever alone, and all."""
 
-    def with_lever(lever: list[str], supervised: bool) -> Callable[[], dict[str, float]]:
-        return lambda: one_run(options, lambda *a: lever_trainer(*a, lever, supervised))
+    def with_lever(lever: dict[str, str], supervised: bool) -> Callable[[], dict[str, float]]:
+        return partial(one_run, options, partial(lever_trainer, lever=lever, supervised=supervised))
 
-    runs = {BASELINE: lambda: one_run(options, plain_trainer), "our trainer, no lever": with_lever([], False)}
+    runs = {BASELINE: partial(one_run, options, plain_trainer), "our trainer, no lever": with_lever({}, False)}
+    together: dict[str, str] = {}
     for name, lever in LEVERS.items():
-        runs[name] = with_lever(lever, not lever)
-    together = [option for name, lever in LEVERS.items() if name not in ALTERNATIVES for option in lever]
+        # The lever without settings is the output layer, which the others leave to TRL.
+        runs[name] = with_lever(lever, supervised=not lever)
+        if name not in ALTERNATIVES:
+            together.update(lever)
     runs["all levers"] = with_lever(together, True)
     return runs
 
@@ -172,8 +177,10 @@ def compare(options, variants: Callable) -> None:
         measured = common.interleaved(variants(options), options.repetitions, warm_up=False)
     print(common.environment(options))
     print(f"{options.rows} rows, {options.long_share:.0%} of them long, batches of {options.batch_size}\n")
-    figures = ("first epoch", f"{options.epochs} epochs")
-    common.show(options, {figure: common.ratio_table(measured, figure, "samples/s") for figure in figures})
+    tables = {}
+    for figure in ("first epoch", f"{options.epochs} epochs"):
+        tables[figure] = common.ratio_table(measured, figure, "samples/s")
+    common.show(options, tables)
 
 
 def main() -> None:

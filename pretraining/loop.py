@@ -3,13 +3,14 @@
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from siq_vl.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +122,11 @@ def run(
             logger.info("%s", line)
             sums, summed = {}, 0
         if step % save_every == 0 or step == steps:
-            temporary = state_path.with_suffix(".tmp")
             state = {
                 "module": module.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "step": step,
                 "seconds": seconds,
             }
-            torch.save(state, temporary)
-            os.replace(temporary, state_path)
+            with replacing(state_path) as temporary:
+                torch.save(state, temporary)

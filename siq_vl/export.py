@@ -68,8 +68,10 @@ def export_idefics3(
     config, weights = model.config, model.state_dict()
     check_expressible(config, processor)
     if PROJECTION_BIAS in weights:
-        weights, config = (widen if widen_tower else fold)(weights, config)
+        without_bias = widen if widen_tower else fold
+        weights, config = without_bias(weights, config)
     native = Idefics3ForConditionalGeneration._from_config(idefics3_config(config), dtype=model.dtype)
+    # Every weight has its place, and every place its weight, or torch refuses.
     native.load_state_dict({_renamed(name): weight for name, weight in weights.items()})
     native.generation_config = model.generation_config
     native.save_pretrained(folder)
@@ -145,7 +147,8 @@ def fold(weights: dict[str, torch.Tensor], config: SiQVLConfig) -> tuple[dict[st
     """
     weights = dict(weights)
     bias = weights.pop(PROJECTION_BIAS).double()
-    summed = _by_position(weights[PROJECTION], config).double().sum(dim=1)
+    # Solved by singular values, since the matrix may lack rank, and in double precision, since the residual decides.
+    summed = _by_position(weights[PROJECTION], config).double().sum(dim=1)  # (text_width, width)
     change = torch.linalg.lstsq(summed, bias[:, None], driver="gelsd").solution[:, 0]
     residual = float((summed @ change - bias).norm() / bias.norm().clamp(min=1e-30))
     if residual > 1e-6:
@@ -154,6 +157,7 @@ def fold(weights: dict[str, torch.Tensor], config: SiQVLConfig) -> tuple[dict[st
             f"a relative residual of {residual:.2g}, above 1e-6. Train with projector_bias=False, or export with "
             "widen_tower, at the price of a tower of twice the width."
         )
+    # What rounding to the weight's own type loses of it is said, not hidden.
     before = weights[POST_NORM_BIAS]
     weights[POST_NORM_BIAS] = (before.double() + change).to(before.dtype)
     stored = float((summed @ (weights[POST_NORM_BIAS].double() - before.double()) - bias).abs().max())
@@ -175,24 +179,31 @@ def widen(weights: dict[str, torch.Tensor], config: SiQVLConfig) -> tuple[dict[s
     Returns:
         State dict and configuration of a model without a projector bias.
     """
-    weights, width = dict(weights), config.vision_config.hidden_size
-    bias, projection = weights.pop(PROJECTION_BIAS), _by_position(weights[PROJECTION], config)
+    width = config.vision_config.hidden_size
+    weights = dict(weights)
+    bias = weights.pop(PROJECTION_BIAS)
+    projection = _by_position(weights[PROJECTION], config)
     for name, weight in weights.items():
         if not name.startswith("model.vision_tower."):
             continue
-        if name.endswith("position_embedding.weight"):
+        if name.endswith("position_embedding.weight"):  # (n_patches, width): a channel is a column
             weights[name] = torch.cat([weight, weight], dim=1)
         elif any(part in name for part in ("q_proj", "k_proj", "v_proj")):
+            # Read the first copy; the queries, keys and values of the added heads are zero.
             weights[name] = _padded(weight, [2 * width] * weight.ndim)
-        elif "fc1.weight" in name:
+        elif "fc1.weight" in name:  # reads the first copy, and is no wider inside
             weights[name] = _padded(weight, [weight.shape[0], 2 * width])
         elif "fc1.bias" not in name:
-            doubled = torch.cat([weight, weight])
-            weights[name] = _padded(doubled, [2 * width, 2 * width]) if "out_proj.weight" in name else doubled
+            # Writes both copies. What attention hands over is as wide as its heads: the added ones are not read.
+            weights[name] = torch.cat([weight, weight])
+            if "out_proj.weight" in name:
+                weights[name] = _padded(weights[name], [2 * width, 2 * width])
+    # A norm's output is 0 in the second copy, by its weight and bias, except for one channel of 1.
     norm = POST_NORM_BIAS.removesuffix("bias")
     weights[norm + "weight"][width:] = 0
     weights[norm + "bias"][width:] = 0
     weights[norm + "bias"][width] = 1
+    # Of a block's positions one is enough to add the bias.
     n_positions = projection.shape[1]
     projection = _padded(projection, [projection.shape[0], n_positions, 2 * width])
     projection[:, 0, width] = bias
@@ -206,12 +217,14 @@ def widen(weights: dict[str, torch.Tensor], config: SiQVLConfig) -> tuple[dict[s
 def idefics3_config(config: SiQVLConfig) -> Idefics3Config:
     """Return the configuration of the Idefics3 model that computes what a SiQ-VL model computes."""
     fields = config.to_dict()
-    vision = {name: value for name, value in fields["vision_config"].items() if name != "vision_use_head"}
+    vision = fields["vision_config"]
+    vision.pop("vision_use_head", None)  # Idefics3's tower has none to leave out
+    vision["model_type"] = "idefics3_vision"
     text = fields["text_config"]
     if text["model_type"] == "qwen2":  # says it to engines that run Idefics3's language model as Llama with options
         text["qkv_bias"] = True
     return Idefics3Config(
-        vision_config={**vision, "model_type": "idefics3_vision"},
+        vision_config=vision,
         text_config=text,
         scale_factor=config.pixel_shuffle_factor,
         image_token_id=config.image_token_id,
@@ -242,6 +255,7 @@ def idefics3_processor(processor: SiQVLProcessor) -> Idefics3Processor:
         image_mean=ours.image_mean,
         image_std=ours.image_std,
     )
+    # Idefics3's processor writes the tags around an image itself.
     template = _in_idefics3_tokens(processor.chat_template)
     template = template.replace(_in_idefics3_tokens("<|vision_start|><|image_pad|><|vision_end|>"), "<image>")
     tokenizer = idefics3_tokenizer(processor.tokenizer)
@@ -253,20 +267,28 @@ def idefics3_processor(processor: SiQVLProcessor) -> Idefics3Processor:
 
 def idefics3_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Return a tokenizer with the same ids, in which SiQ-VL's image and end-of-turn tokens have Idefics3's names."""
+    # A tokenizer has no way to rename a token, but its description in JSON has.
     fields = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in fields["added_tokens"]:
         token["content"] = IDEFICS3_TOKENS.get(token["content"], token["content"])
     vocab = fields["model"]["vocab"]
-    if isinstance(vocab, dict):
-        fields["model"]["vocab"] = {IDEFICS3_TOKENS.get(token, token): index for token, index in vocab.items()}
-    special = {name: _in_idefics3_tokens(str(token)) for name, token in tokenizer.special_tokens_map.items() if token}
-    special.pop("additional_special_tokens", None)
-    special.pop("extra_special_tokens", None)
-    named = set(special.values())
-    others = [_in_idefics3_tokens(token) for token in tokenizer.all_special_tokens]
+    if isinstance(vocab, dict):  # where added tokens may stand as well
+        for ours, theirs in IDEFICS3_TOKENS.items():
+            if ours in vocab:
+                vocab[theirs] = vocab.pop(ours)
+    # Those with a role (end of sequence, padding) go by its name; all further special tokens in one list.
+    special = {}
+    for role, token in tokenizer.special_tokens_map.items():
+        if token and role not in ("additional_special_tokens", "extra_special_tokens"):
+            special[role] = _in_idefics3_tokens(str(token))
+    others = []
+    for token in tokenizer.all_special_tokens:
+        renamed = _in_idefics3_tokens(token)
+        if renamed not in special.values():
+            others.append(renamed)
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(fields)),
-        additional_special_tokens=[token for token in others if token not in named],
+        additional_special_tokens=others,
         padding_side=tokenizer.padding_side,
         model_max_length=tokenizer.model_max_length,
         model_input_names=["input_ids", "attention_mask"],
@@ -296,7 +318,8 @@ def _by_position(projection: torch.Tensor, config: SiQVLConfig) -> torch.Tensor:
 def _padded(weight: torch.Tensor, shape: list[int]) -> torch.Tensor:
     """The weight in the corner of zeros of the given shape."""
     padded = weight.new_zeros(shape)
-    padded[tuple(slice(size) for size in weight.shape)] = weight
+    corner = tuple(map(slice, weight.shape))
+    padded[corner] = weight
     return padded
 
 

@@ -1,5 +1,5 @@
 """
-Model cards of stage checkpoints, and pushing them to the Hub.
+Cards for the Hub, those of stage checkpoints, and pushing these there.
 
     python -m siq_vl.hub outputs/tiny/stage3 --repo_id me/siq-vl-tiny     # a finished checkpoint, with what was measured of it
 """
@@ -8,13 +8,14 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub import CardData, EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from siq_vl import cli
+from siq_vl.files import write_text
 from siq_vl.terms import data_sets_of, is_hub_id, licence_for, made_from, terms_table
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,7 @@ _WAIT_SECONDS = 2.0
 _FAILURES: tuple[type[Exception], ...] = (HfHubHTTPError, OSError, RuntimeError, HfHubHTTPError.__bases__[0])
 _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
 
-_CARD = """\
----
-{metadata}
----
-
+_INTRODUCTION = """\
 # SiQ-VL, stage {stage}: {title}
 
 A SigLIP vision tower, a pixel-shuffle projector and a {decoder} language model, after stage {stage} ({title}) of recipe
@@ -62,15 +59,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor  # AutoModel
 model = AutoModelForImageTextToText.from_pretrained({load}, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained({load}, trust_remote_code=True)
 ```
-
-## Recipe
-
-| setting | value |
-|---|---|
-{rows}
-
-All settings are in `training_settings.json`, the loss log in `training_log.jsonl`.{adapter_note}
-{sections}"""
+"""
 
 _TERMS = """\
 The licence above, `{licence}`, is the narrowest of those that this checkpoint was made from, by a table that was put together
@@ -80,6 +69,28 @@ _RANDOM_WARNING = """
 > **Random weights.** This model was built from the sizes of its backbones, not from their weights, to measure speed and
 > memory. Its answers mean nothing.
 """
+
+
+def hub_card(metadata: CardData, introduction: str, sections: Mapping[str, str]) -> str:
+    """Return the README.md of a model or a data set on the Hub.
+
+    Args:
+        metadata: what the Hub reads, as front matter in YAML.
+        introduction: title and first paragraphs, as Markdown.
+        sections: further Markdown by heading, in this order.
+    """
+    parts = [f"---\n{metadata.to_yaml().strip()}\n---", introduction.strip()]
+    for heading, text in sections.items():
+        parts.append(f"## {heading}\n\n{text.strip()}")
+    return "\n\n".join(parts) + "\n"
+
+
+def card_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table without padding, as cards and benchmarks have it."""
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for cells in rows:
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def model_card(
@@ -103,20 +114,52 @@ def model_card(
         repo_id: where the checkpoint is pushed, for the lines that load it.
         revision: the branch it is pushed to.
     """
-    adapter = settings["adapter"]
-    load = f'"{repo_id or "path/to/this"}"' + (f', revision="{revision}"' if revision not in (None, "main") else "")
-    return _CARD.format(
-        metadata=_metadata(settings, scores or {}, repo_id).to_yaml().strip(),
+    scores = scores or {}
+    load = f'"{repo_id or "path/to/this"}"'
+    if revision not in (None, "main"):  # what is loaded where nothing is said
+        load += f', revision="{revision}"'
+    warning = ""
+    if settings["model"].get("random_weights"):
+        warning = _RANDOM_WARNING
+    introduction = _INTRODUCTION.format(
         stage=settings["stage"],
         title=STAGE_TITLES[settings["stage"]],
         recipe=settings["recipe"],
         decoder=settings.get("decoder", "decoder-only"),
-        warning=_RANDOM_WARNING if settings["model"].get("random_weights") else "",
+        warning=warning,
         load=load,
-        rows="\n".join(f"| {name} | {value} |" for name, value in _facts(settings).items()),
-        adapter_note=f" The adapter is in `adapter/`. {settings.get('merged_into') or ''}" if adapter else "",
-        sections=_sections(settings, has_curve, has_emergence, before_after, scores or {}),
     )
+    sections = {"Recipe": _recipe_section(settings)}
+    if before_after:
+        sections["Before and after"] = before_after
+    if has_curve:
+        sections["Learning curve"] = f"![training loss]({CURVE_FILE})"
+    if has_emergence:
+        sections["How reasoning emerged"] = f"![where, how long, how structured]({EMERGENCE_FIGURE})"
+    if scores:
+        sections["Scores"] = _scores_table(scores)
+    if settings.get("data_table"):
+        sections["Data"] = settings["data_table"]
+    sources = made_from(settings)
+    if terms := terms_table(sources):
+        sections["Terms"] = f"{_TERMS.format(licence=licence_for(sources))}\n\n{terms}"
+    return hub_card(_metadata(settings, scores, repo_id), introduction, sections)
+
+
+def _recipe_section(settings: dict) -> str:
+    table = card_table(["setting", "value"], list(_facts(settings).items()))
+    note = "All settings are in `training_settings.json`, the loss log in `training_log.jsonl`."
+    if settings["adapter"]:
+        note += f" The adapter is in `adapter/`. {settings.get('merged_into') or ''}"
+    return f"{table}\n\n{note}"
+
+
+def _scores_table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    rows = []
+    for benchmark, metrics in scores.items():
+        for metric, value in metrics.items():
+            rows.append([benchmark, metric, value])
+    return card_table(["benchmark", "metric", "value"], rows)
 
 
 def _facts(settings: dict) -> dict[str, object]:
@@ -133,6 +176,7 @@ def _facts(settings: dict) -> dict[str, object]:
         "seconds of training": settings["seconds"],
         "seed": training["seed"],
     }
+    # What only some runs have: weights of an earlier step than the last, speed, memory.
     if best := settings.get("best"):
         facts["weights kept"] = ", ".join(f"{name} {value:g}" for name, value in best.items())
     speed = settings.get("speed") or {}
@@ -158,58 +202,40 @@ def _lora(adapter: dict) -> str:
     return f"r={adapter['lora_r']}, alpha={adapter['lora_alpha']}, dropout={adapter['lora_dropout']}{base}{vision}"
 
 
-def _sections(
-    settings: dict,
-    has_curve: bool,
-    has_emergence: bool,
-    before_after: str,
-    scores: Mapping[str, Mapping[str, float]],
-) -> str:
-    sections = []
-    if before_after:
-        sections.append(f"## Before and after\n\n{before_after.strip()}\n")
-    if has_curve:
-        sections.append("## Learning curve\n\n![training loss](learning_curve.svg)\n")
-    if has_emergence:
-        sections.append("## How reasoning emerged\n\n![where, how long, how structured](emergence.svg)\n")
-    if scores:
-        lines = [
-            f"| {name} | {metric} | {value} |" for name, metrics in scores.items() for metric, value in metrics.items()
-        ]
-        sections.append("\n".join(["## Scores\n", "| benchmark | metric | value |", "|---|---|---|", *lines, ""]))
-    if table := settings.get("data_table"):
-        sections.append(f"## Data\n\n{table}\n")
-    if table := terms_table(made_from(settings)):
-        sections.append(f"## Terms\n\n{_TERMS.format(licence=licence_for(made_from(settings)))}\n\n{table}\n")
-    return "".join(f"\n{section}" for section in sections)
-
-
 def _metadata(settings: dict, scores: Mapping[str, Mapping[str, float]], repo_id: str | None) -> ModelCardData:
-    sources = settings["data"].get("sources") or []
-    paths = [source["path"] for source in sources if isinstance(source, Mapping) and source.get("path")]
-    licence = licence_for(made_from(settings))
-    results = [
-        EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=name.lower().replace(" ", "-"),
-            dataset_name=name,
-            metric_type=metric,
-            metric_value=value,
-        )
-        for name, metrics in scores.items()
-        for metric, value in metrics.items()
-    ]
-    return ModelCardData(
+    paths = []
+    for source in settings["data"].get("sources") or []:
+        if isinstance(source, Mapping):
+            paths.append(source.get("path"))
+    backbones = (settings.get("backbones") or {}).values()
+    sources = made_from(settings)
+    licence = licence_for(sources)
+    metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         license=licence,
         license_name="terms-of-its-sources" if licence == "other" else None,
-        base_model=sorted({name for name in (settings.get("backbones") or {}).values() if is_hub_id(name)}) or None,
-        datasets=sorted({*filter(is_hub_id, paths), *data_sets_of(made_from(settings))}) or None,
+        # The Hub links to what these name: folders of this machine are left out.
+        base_model=sorted({name for name in backbones if is_hub_id(name)}) or None,
+        datasets=sorted({*filter(is_hub_id, paths), *data_sets_of(sources)}) or None,
         tags=["siq-vl", "vision-language", f"stage-{settings['stage']}"],
-        model_name=repo_id or f"SiQ-VL {settings['recipe']} stage {settings['stage']}" if results else None,
-        eval_results=results or None,
     )
+    results = []
+    for benchmark, metrics in scores.items():
+        for metric, value in metrics.items():
+            result = EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=benchmark.lower().replace(" ", "-"),
+                dataset_name=benchmark,
+                metric_type=metric,
+                metric_value=value,
+            )
+            results.append(result)
+    if results:
+        metadata.eval_results = results
+        # The Hub shows results only under a name.
+        metadata.model_name = repo_id or f"SiQ-VL {settings['recipe']} stage {settings['stage']}"
+    return metadata
 
 
 def write_card(
@@ -230,19 +256,24 @@ def write_card(
     if not path.exists():
         raise ValueError(f"{folder} has no training_settings.json: a card is written for what a training stage left")
     if before_after is not None:
-        (folder / BEFORE_AFTER_FILE).write_text(before_after.strip() + "\n", encoding="utf-8")
-    kept = folder / BEFORE_AFTER_FILE
-    scores = folder / SCORES_FILE
+        write_text(folder / BEFORE_AFTER_FILE, before_after.strip() + "\n")
+    # Without a new table the card keeps the one that an evaluation left: pushing must not lose it.
+    kept = ""
+    if (folder / BEFORE_AFTER_FILE).exists():
+        kept = (folder / BEFORE_AFTER_FILE).read_text(encoding="utf-8")
+    scores = None
+    if (folder / SCORES_FILE).exists():
+        scores = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
     card = model_card(
         json.loads(path.read_text(encoding="utf-8")),
         has_curve=(folder / CURVE_FILE).exists(),
         has_emergence=(folder / EMERGENCE_FIGURE).exists(),
-        before_after=kept.read_text(encoding="utf-8") if kept.exists() else "",
-        scores=json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else None,
+        before_after=kept,
+        scores=scores,
         repo_id=repo_id,
         revision=revision,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
 
 
 def push_stage(
@@ -275,6 +306,7 @@ def push_stage(
     revision = revision or f"stage-{settings['stage']}"
     api = HfApi(token=token)
 
+    # Each request is one that may be made twice, so that it can be tried again whatever became of it.
     def patiently(request, **arguments):
         return _with_retries(request, arguments, token, attempts, wait_seconds)
 
@@ -300,8 +332,10 @@ def _with_retries(request, arguments: dict, token: str | None, attempts: int, wa
             return request(**arguments)
         except _FAILURES as error:
             message = _without_token(f"{type(error).__name__}: {' '.join(str(error).split())}", token)
-            answer = error.response if isinstance(error, HfHubHTTPError) else None
-            status = None if answer is None else answer.status_code  # an answer that tells of an error is falsy
+            status = None
+            # Held against None, since an answer that tells of an error is falsy.
+            if isinstance(error, HfHubHTTPError) and error.response is not None:
+                status = error.response.status_code
             if status is not None and status not in _TRANSIENT:
                 raise ValueError(
                     f"the Hub refuses {request.__name__} ({message}): check the repository's name and that the token "
@@ -312,6 +346,7 @@ def _with_retries(request, arguments: dict, token: str | None, attempts: int, wa
                     f"{request.__name__} failed {attempts} times ({message}): the checkpoint is complete on disk; "
                     "run the same command again to push it"
                 ) from None
+            # Twice as long each time: a Hub that is overloaded is not asked faster.
             pause = wait_seconds * 2 ** (attempt - 1)
             logger.warning("%s failed (%s); trying again in %.1f s", request.__name__, message, pause)
             time.sleep(pause)
@@ -319,7 +354,9 @@ def _with_retries(request, arguments: dict, token: str | None, attempts: int, wa
 
 
 def _without_token(text: str, token: str | None) -> str:
-    return text.replace(token, "<token>") if token else text
+    if not token:
+        return text
+    return text.replace(token, "<token>")
 
 
 def main() -> None:

@@ -111,6 +111,7 @@ def load_model(path: str, **kwargs: Any) -> SiQVLForConditionalGeneration:
             f"{path} cannot be loaded: its config.json and its weights are damaged or not of one model; copy the files of "
             f"the checkpoint again ({_one_line(error)})"
         ) from error
+    # `from_pretrained` fills and drops these with no more than a line in the log.
     for found, meaning in (
         ("missing_keys", "lacks weights that its config.json asks for"),
         ("unexpected_keys", "holds weights that its config.json has no place for"),
@@ -135,8 +136,10 @@ def load_processor(path: str, **kwargs: Any) -> SiQVLProcessor:
         ValueError: one of its files is absent or damaged.
     """
     folder = Path(path)
-    for name in PROCESSOR_FILES if folder.is_dir() else ():
-        _read(folder / name)
+    # Of a folder's files the one at fault is named; those of a Hub id are the Hub's.
+    if folder.is_dir():
+        for name in PROCESSOR_FILES:
+            _read(folder / name)
     try:
         # transformers 5 would ask on the terminal before it reads the tokenizer of a repository that has code files.
         return SiQVLProcessor.from_pretrained(path, trust_remote_code=True, **kwargs)
@@ -154,11 +157,13 @@ def _read(file: Path) -> Any:
     if not file.is_file():
         raise ValueError(f"{file} is not there: copy all files of the checkpoint, or save it again")
     try:
-        text = file.read_text(encoding="utf-8")
-        contents = json.loads(text) if file.suffix == ".json" else text
+        contents = file.read_text(encoding="utf-8")
+        if file.suffix != ".json":
+            return contents
+        contents = json.loads(contents)
     except ValueError as error:
         raise ValueError(f"{file} is damaged: copy it again, or save the checkpoint again ({error})") from error
-    if file.suffix == ".json" and not isinstance(contents, dict):
+    if not isinstance(contents, dict):
         raise ValueError(f"{file} holds a {type(contents).__name__}, but must hold an object: copy it again")
     return contents
 
@@ -180,6 +185,7 @@ def _check_weights(folder: Path) -> None:
     """Refuse a folder whose files of weights are absent or cut off; their headers say so."""
     if not folder.is_dir():
         return
+    # One file, or the files that an index names.
     names = [WEIGHTS]
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
         places = _read(folder / INDEX).get("weight_map")
@@ -188,11 +194,14 @@ def _check_weights(folder: Path) -> None:
         names = sorted(set(places.values()))
     for name in names:
         if not (folder / name).is_file():
-            reason = f"which {INDEX} names" if name != WEIGHTS else "and no index of several files"
+            reason = "and no index of several files"
+            if name != WEIGHTS:
+                reason = f"which {INDEX} names"
             raise ValueError(
                 f"{folder / name} is not there, {reason}: copy all files of the checkpoint, or save it again with "
                 "`save_pretrained`"
             )
+        # Opening it reads the header, and holds the lengths in there against the file's: cheap, whatever its size.
         try:
             with safe_open(folder / name, "pt"):
                 pass
@@ -205,6 +214,7 @@ def _check_weights(folder: Path) -> None:
 def _check_fit(path: str, model: SiQVLForConditionalGeneration, processor: SiQVLProcessor) -> None:
     """Refuse a processor that makes other inputs than the model takes: its files are another checkpoint's."""
     config = model.config
+    # What both know, the processor from its own files, the model from config.json.
     pairs = {
         "patch_size": (processor.patch_size, config.vision_config.patch_size),
         "pixel_shuffle_factor": (processor.pixel_shuffle_factor, config.pixel_shuffle_factor),
@@ -218,6 +228,7 @@ def _check_fit(path: str, model: SiQVLForConditionalGeneration, processor: SiQVL
                 f"{path}: {name} is {prepared} in the processor (processor_config.json, tokenizer.json) and {wanted} in "
                 "config.json: copy all files from one checkpoint"
             )
+    # One small request: what is wrong with template or tokenizer shows before anybody waits for an answer.
     picture = {"type": "image", "image": Image.new("RGB", (64, 64))}
     messages = [{"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}]
     try:

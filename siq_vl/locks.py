@@ -32,9 +32,11 @@ class Lock:
 
     def __init__(self, target: str | Path, held: bool = True, *, is_file: bool = False):
         target = Path(target)
-        self._file = -1
-        self._path = target.with_name(f".{target.name}.lock") if is_file else target / ".lock"
-        self._path = self._path.absolute()
+        lock = target / ".lock"
+        if is_file:
+            lock = target.with_name(f".{target.name}.lock")
+        self._path = lock.absolute()
+        self._file = -1  # the open lock, once this process has it
         if held:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._acquire(target)
@@ -64,6 +66,7 @@ class Lock:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                # Whoever has the lock has written down who it is.
                 holder = os.pread(file, 200, 0).decode(errors="replace").strip()
                 os.close(file)
                 if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -88,6 +91,7 @@ def _refusal(target: Path, holder: str) -> str:
 
 
 def _is_there(path: Path, file: int) -> bool:
+    """Return whether an open file is the one at a path: its name may have been removed, and given to another, since."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file))
     except FileNotFoundError:

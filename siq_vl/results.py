@@ -26,8 +26,11 @@ Rows = list[list[str]]  # of a table, its header first
 
 def table_rows(table: str) -> Rows:
     """Return the cells of a Markdown table, its header first, without the line of dashes."""
-    lines = [line.strip().strip("|").split("|") for line in table.strip().splitlines()]
-    header, _, *body = [[cell.strip() for cell in line] for line in lines]
+    rows = []
+    for line in table.strip().splitlines():
+        cells = line.strip().strip("|").split("|")
+        rows.append([cell.strip() for cell in cells])
+    header, _, *body = rows
     return [header, *body]
 
 
@@ -38,13 +41,24 @@ def by_name(rows: Rows) -> dict[str, dict[str, str]]:
     cells as it takes to tell the rows apart.
     """
     header, *body = rows
-    named, above = [], ""
+    named = []
+    above = ""
     for first, *rest in body:
-        if not first.startswith("- "):
+        if first.startswith("- "):
+            first = f"{above}, {first[2:]}"
+        else:
             above = first
-        named.append([f"{above}, {first[2:]}" if first.startswith("- ") else first, *rest])
-    width = next(n for n in range(1, len(header) + 1) if len({tuple(row[:n]) for row in named}) == len(named))
-    return {", ".join(row[:width]): dict(zip(header, row, strict=True)) for row in named}
+        named.append([first, *rest])
+    # As few cells make the name as tell the rows apart: some tables name a figure in the first, a way in the second.
+    width = 1
+    while len({tuple(row[:width]) for row in named}) < len(named):
+        width += 1
+        if width > len(header):
+            raise ValueError(f"the table with the columns {', '.join(header)} has a row twice: leave one of them out")
+    by_row = {}
+    for row in named:
+        by_row[", ".join(row[:width])] = dict(zip(header, row, strict=True))
+    return by_row
 
 
 def write_results(path: Path, tables: Mapping[str, str], figures: Mapping[str, object] | None = None) -> None:

@@ -87,16 +87,20 @@ class RequestCheck:
                 f"the prompt takes {self.context - room} tokens, but the model reads {self.context}, answer included: "
                 "shorten it or leave pictures out"
             )
+        # The newer name of the bound counts where both are given; the older one is not passed on.
         asked = body.pop("max_tokens", None)
-        asked = asked if body.get("max_completion_tokens") is None else body["max_completion_tokens"]
+        if body.get("max_completion_tokens") is not None:
+            asked = body["max_completion_tokens"]
         if asked is not None and asked > room:
             raise Refused(
                 f"the prompt takes {self.context - room} tokens and the answer up to {_shown(asked)}, but the model reads "
                 f"{self.context}: ask for at most {room} tokens, or shorten the prompt"
             )
         if asked is None and body.get("generation_config") is not None:
+            # This is how `transformers chat` sends a default of its own: it is cut, where a client's wish would be refused.
             asked = json.loads(body["generation_config"]).get("max_new_tokens")
-            asked = None if asked is None else min(asked, room)
+            if asked is not None:
+                asked = min(asked, room)
         body["max_completion_tokens"] = min(room, MAX_NEW_TOKENS) if asked is None else asked
         if body.get("logit_bias"):  # which generation takes as fractions alone
             body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
@@ -107,17 +111,19 @@ class RequestCheck:
         """Return the messages with their pictures embedded, and the pictures' sizes (height, width)."""
         if not isinstance(given, list) or not given:
             raise Refused(f"messages is {_shown(given)}; it must be a list with at least one message")
-        parts = [part for message in given for part in _parts_of(message)]
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        pictures = [part for part in parts if part["type"] == "image_url"]
         # What is cheap to count comes before anything is decoded.
-        if sum(map(len, texts)) > self.most_characters:
+        characters = pictures = 0
+        for message in given:
+            for part in _parts_of(message):
+                if part["type"] == "text":
+                    characters += len(part["text"])
+                else:
+                    pictures += 1
+        if characters > self.most_characters:
+            raise Refused(f"the prompt has {characters} characters, far more than the model reads: shorten it")
+        if pictures * self.processor.image_seq_length >= self.context:
             raise Refused(
-                f"the prompt has {sum(map(len, texts))} characters, far more than the model reads: shorten it"
-            )
-        if len(pictures) * self.processor.image_seq_length >= self.context:
-            raise Refused(
-                f"the request has {len(pictures)} pictures of at least {self.processor.image_seq_length} tokens each, but the "
+                f"the request has {pictures} pictures of at least {self.processor.image_seq_length} tokens each, but the "
                 f"model reads {self.context}: send fewer"
             )
         messages, sizes = [], []
@@ -136,7 +142,7 @@ class RequestCheck:
 
     def _picture(self, address: str) -> tuple[bytes, Image.Image]:
         """Return a picture's bytes, and the picture."""
-        name = repr(address if len(address) <= 80 else f"{address[:77]}...")
+        name = repr(_shortened(address))
         try:
             data = self._bytes_of(address, name)
             return data, decode_image(data, f"the picture {name}")
@@ -146,6 +152,7 @@ class RequestCheck:
             raise Refused(str(error)) from error
 
     def _bytes_of(self, address: str, name: str) -> bytes:
+        """Return the file that a picture's address stands for; `name` is what refusals call it."""
         scheme = address[:8].lower()
         if scheme.startswith("data:"):
             kind, comma, encoded = address.partition(",")
@@ -159,11 +166,14 @@ class RequestCheck:
             if not self.allowed.remote:
                 raise Refused(f"{name} is a remote picture, and this server reads none: send it as a data: address")
             return download_image(address)
+        # What is neither data nor on the web is the name of a file here.
         folder = self.allowed.folder
         if folder is None:
             raise Refused(f"{name} names a file, and this server reads none: send the picture as a data: address")
         try:
-            path = find_under(unquote(address[7:]) if scheme.startswith("file://") else address, [folder])
+            if scheme.startswith("file://"):
+                address = unquote(address[7:])
+            path = find_under(address, [folder])
             if path.stat().st_size > MAX_BYTES:
                 raise Refused(f"{name} is larger than {MAX_BYTES >> 20} MiB: make it smaller first")
             return path.read_bytes()
@@ -175,13 +185,23 @@ class RequestCheck:
             raise Refused(f"{name} cannot be read: give the path of a file below the server's folder") from error
 
     def _length(self, messages: list[dict], sizes: list[tuple[int, int]], body: Mapping[str, Any]) -> int:
-        """Return the tokens of the prompt."""
+        """Return the tokens of the prompt.
+
+        Args:
+            messages: with their pictures embedded.
+            sizes: of the pictures, (height, width).
+            body: whose options for the chat template count, too.
+        """
+        # The template wants to know where pictures stand, not what they show.
         plain = []
         for message in messages:
-            content = [part if part["type"] == "text" else {"type": "image"} for part in message["content"]]
+            content = []
+            for part in message["content"]:
+                content.append(part if part["type"] == "text" else {"type": "image"})
             plain.append({"role": message["role"], "content": content})
         options = body.get("chat_template_kwargs") or {}
         text = self.processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **options)
+        # The text has one placeholder a picture, in whose place come as many tokens as its tiles take.
         length = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) - len(sizes)
         if sizes:
             length += sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
@@ -189,8 +209,15 @@ class RequestCheck:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """Return what was received, as refusals quote it."""
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
+    """Cut a text that would fill the answer: a picture's address may be megabytes long."""
+    if len(text) <= 80:
+        return text
+    return f"{text[:77]}..."
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
@@ -201,6 +228,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
     try:
         body = json.loads(content, parse_constant=refuse)
+        # JSON may hold half of a surrogate pair, which no tokenizer takes and no UTF-8 holds.
         json.dumps(body, ensure_ascii=False).encode()
     except Refused:
         raise
@@ -223,7 +251,9 @@ def _parts_of(message: Any) -> list[dict]:
         if message.get(name):
             raise Refused(f"{name} is set in a message, but this model calls no tools and makes no sound: leave it out")
     content = message.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts = content
+    if isinstance(content, str):
+        parts = [{"type": "text", "text": content}]
     if not isinstance(parts, list) or not parts or content == "":
         raise Refused(f"content is {_shown(content)}; it must be a text, or a list of texts and pictures, not empty")
     for part in parts:
@@ -240,13 +270,17 @@ def _parts_of(message: Any) -> list[dict]:
 
 
 def _address_of(part: Mapping[str, Any]) -> str:
+    """Return the address of a picture, given alone or as an object's `url`; empty where there is none."""
     address = part.get("image_url")
     if isinstance(address, dict):
         address = address.get("url")
-    return address if isinstance(address, str) else ""
+    if not isinstance(address, str):
+        return ""
+    return address
 
 
 def _is_number(value: Any, least: float, most: float) -> bool:
+    # True and false are integers in Python, but no numbers in JSON.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     # False of NaN, too, which Python's reader of JSON takes.
@@ -276,17 +310,12 @@ def _check_fields(body: Mapping[str, Any], vocabulary: int) -> None:
             lambda value: _is_bias(value, vocabulary),
             f"an object of token ids below {vocabulary} with numbers from -100 to 100",
         ),
-        "chat_template_kwargs": (
-            lambda value: (
-                isinstance(value, dict)
-                and all(name == "enable_thinking" and isinstance(on, bool) for name, on in value.items())
-            ),
-            "{'enable_thinking': true} or false",
-        ),
+        "chat_template_kwargs": (_is_thinking_switch, "{'enable_thinking': true} or false"),
         "generation_config": (
             _is_generation_config,
             f"the JSON text of an object with no more than {', '.join(_GENERATION)}, each within its bounds",
         ),
+        # What clients send as their default is let through; any other value would be ignored in silence.
         "n": (lambda value: value == 1 and not isinstance(value, bool), "1: one answer is made"),
         "logprobs": (lambda value: value is False, "false: no probabilities are returned"),
         "top_logprobs": (lambda value: value == 0 and not isinstance(value, bool), "0: no probabilities are returned"),
@@ -324,29 +353,39 @@ def _is_generation_config(value: Any) -> bool:
         given = json.loads(value)
     except (ValueError, RecursionError):
         return False
-    return isinstance(given, dict) and all(
-        name in _GENERATION and (setting is None or _GENERATION[name](setting)) for name, setting in given.items()
-    )
+    if not isinstance(given, dict):
+        return False
+    for name, setting in given.items():
+        if name not in _GENERATION:
+            return False
+        if setting is not None and not _GENERATION[name](setting):
+            return False
+    return True
+
+
+def _is_thinking_switch(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(name == "enable_thinking" and isinstance(on, bool) for name, on in value.items())
 
 
 def _is_stop(value: Any) -> bool:
     texts = [value] if isinstance(value, str) else value
-    return (
-        isinstance(texts, list)
-        and 1 <= len(texts) <= 16
-        and all(isinstance(text, str) and 1 <= len(text) <= 200 for text in texts)
-    )
+    if not (isinstance(texts, list) and 1 <= len(texts) <= 16):
+        return False
+    return all(isinstance(text, str) and 1 <= len(text) <= 200 for text in texts)
 
 
 def _is_bias(value: Any, vocabulary: int) -> bool:
-    return isinstance(value, dict) and all(
-        len(token) < 10
-        and token.isascii()
-        and token.isdigit()
-        and int(token) < vocabulary
-        and _is_number(bias, -100, 100)
-        for token, bias in value.items()
-    )
+    if not isinstance(value, dict):
+        return False
+    for token, bias in value.items():
+        # Keys of JSON are texts. Long ones are not turned into numbers at all: that takes time.
+        if not (len(token) < 10 and token.isascii() and token.isdigit()):
+            return False
+        if int(token) >= vocabulary or not _is_number(bias, -100, 100):
+            return False
+    return True
 
 
 class Guard:
@@ -359,6 +398,7 @@ class Guard:
 
     def __init__(self, app: Callable, check: Callable[[bytes], dict[str, Any]]):
         self.app, self.check = app, check
+        # Decoding pictures takes memory: requests beyond these wait.
         self._free = asyncio.Semaphore(AT_ONCE)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -371,6 +411,7 @@ class Guard:
                 raise Refused(f"there is no {scope['path']}: this server offers {', '.join(PATHS)}", status=404)
             if scope["path"] == CHAT and scope["method"] == "POST":
                 content = await _read(receive)
+                # In a thread, so that answers under way go on streaming.
                 async with self._free:
                     body = await asyncio.to_thread(self.check, content)
                 scope, receive = _with_body(scope, receive, json.dumps(body).encode())
@@ -381,6 +422,7 @@ class Guard:
 
 
 async def _read(receive: Receive) -> bytes:
+    """Return the body of a request, whatever the parts that it comes in; one that is too large is not read to its end."""
     content = bytearray()
     while True:
         message = await receive()
@@ -398,7 +440,9 @@ def _with_body(scope: Message, receive: Receive, content: bytes) -> tuple[Messag
     given = [{"type": "http.request", "body": content, "more_body": False}]
 
     async def receive_given() -> Message:
-        return given.pop() if given else await receive()
+        if given:
+            return given.pop()
+        return await receive()
 
     kept = [(name, value) for name, value in scope["headers"] if name not in (b"content-length", b"content-type")]
     new = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]

@@ -13,7 +13,8 @@ from PIL import Image, ImageChops
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging as transformers_logging
 
-from siq_vl.evaluation.predictions import judge
+from siq_vl.evaluation.held_out import held_out_items
+from siq_vl.evaluation.predictions import judge, write_predictions
 from siq_vl.evaluation.statistics import clustered_ratio
 from siq_vl.results import by_name, read_results, table_rows
 from siq_vl.training.arguments import ModelArguments
@@ -106,6 +107,19 @@ def test_questions_are_counted(monkeypatch, capsys, tmp_path):
     assert {line["in the language model's text"] for line in lines.values()} == {"0"}
     twice = [questions.sample("test", index, hard=False) for index in (0, 0, 1, 2)]
     assert questions.widest(twice) == pytest.approx((6 / 4) ** 0.5)
+
+
+def test_answers_about_one_content_are_a_cluster(monkeypatch, capsys, tmp_path):
+    import questions
+
+    items = held_out_items(30)
+    answers = [item.answer if place % 2 else "" for place, item in enumerate(items)]
+    kept = [judge(item, f"<answer>{answer}</answer>") for item, answer in zip(items, answers, strict=True)]
+    write_predictions(kept, tmp_path / "kept.jsonl")
+    command = ["questions", "--count", "30", "--share", "0", "--predictions", str(tmp_path / "kept.jsonl")]
+    monkeypatch.setattr(sys, "argv", command)
+    questions.main()
+    assert "times that of 30 independent questions" in capsys.readouterr().out
 
 
 def test_a_cluster_counts_once():

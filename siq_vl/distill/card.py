@@ -3,29 +3,15 @@
 import json
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetCardData, HfApi
 
 from siq_vl.distill.descriptions import DESCRIPTIONS
 from siq_vl.distill.traces import evaluated, origins
 from siq_vl.distill.yields import sealed_traces, store_yield, tables
 from siq_vl.files import write_text
+from siq_vl.hub import hub_card
 
-_CARD = """\
----
-task_categories:
-- visual-question-answering
-- image-text-to-text
-tags:
-- chain-of-thought
-- distillation
-- siq-vl
-size_categories:
-- {size}
-configs:
-- config_name: default
-  data_files: data/traces-*.parquet
----
-
+_INTRODUCTION = """\
 # Reasoning traces
 
 {made} traces of reasoning about pictures, generated offline by {teachers} and verified; {kept} were kept. Rejected ones
@@ -40,21 +26,6 @@ traces = load_dataset("path/to/this", split="train").filter(lambda trace: trace[
 One row is one trace: the sample's id, picture, question and gold answers; teacher, revision, prompt version and sampling
 settings; the raw output, taken apart into `rationale` and `answer`; and the verdict. `hinted` says whether the teacher was
 shown the gold answer. `agreement` is the share of the question's other answers that are the same.
-{tables}
-
-## Questions
-
-{questions}
-
-## Teachers
-
-{settings}
-
-## How the traces were verified
-
-```json
-{rules}
-```
 """
 _OF_DESCRIPTIONS = (f"{DESCRIPTIONS}/data/traces-*.parquet", f"{DESCRIPTIONS}/*.json")  # the journal stays here
 _ASKED_HOW = ("teacher", "revision", "prompt", "sampling", "hinted")
@@ -69,28 +40,27 @@ def write_card(folder: Path) -> Path:
     note = ""
     if any(name.startswith("figures-") for name in found.teachers):
         note = _ORACLE
-    shown_tables = ""
-    for title, table in tables(found).items():
-        shown_tables += f"\n## {title}\n\n{table}\n"
+    names = ", ".join(f"`{name}`" for name in sorted(found.teachers))
+    introduction = _INTRODUCTION.format(made=found.made, kept=found.kept, teachers=names, note=note)
+    metadata = DatasetCardData(
+        task_categories=["visual-question-answering", "image-text-to-text"],
+        tags=["chain-of-thought", "distillation", "siq-vl"],
+        size_categories=[_size_category(found.made)],
+        # The store holds other files too; without this the Hub would look for rows in them.
+        configs=[{"config_name": "default", "data_files": "data/traces-*.parquet"}],
+    )
+    rules = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    rules.pop("questions", None)  # which have a section of their own
+    sections = tables(found)
     # What teachers have said of the pictures, for students that see none, lies in a store inside this one.
     if list((folder / DESCRIPTIONS / "data").glob("traces-*.parquet")):
-        for title, table in tables(store_yield(folder / DESCRIPTIONS)).items():
-            shown_tables += f"\n## Descriptions of the pictures, in `{DESCRIPTIONS}`: {title}\n\n{table}\n"
-    rules = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    rules.pop("questions", None)
-    text = _CARD.format(
-        size=_size_category(found.made),
-        made=found.made,
-        kept=found.kept,
-        teachers=", ".join(f"`{name}`" for name in sorted(found.teachers)),
-        note=note,
-        tables=shown_tables,
-        questions="\n".join(questions_lines(folder)),
-        settings="\n".join(_settings(folder)),
-        rules=json.dumps(rules, indent=2),
-    )
+        for heading, table in tables(store_yield(folder / DESCRIPTIONS)).items():
+            sections[f"Descriptions of the pictures, in `{DESCRIPTIONS}`: {heading}"] = table
+    sections["Questions"] = "\n".join(questions_lines(folder))
+    sections["Teachers"] = "\n".join(_settings(folder))
+    sections["How the traces were verified"] = f"```json\n{json.dumps(rules, indent=2)}\n```"
     path = folder / "README.md"
-    write_text(path, text)
+    write_text(path, hub_card(metadata, introduction, sections))
     return path
 
 

@@ -9,10 +9,10 @@ from PIL import Image
 from siq_vl.distill.questions import EncodedPicture
 from siq_vl.distill.traces import evaluated
 from siq_vl.distill.yields import LENGTH_BINS, store_yield, tables
-from siq_vl.evaluation.tables import table_cells
 from siq_vl.files import write_text
 from siq_vl.html import image_data_url, render
 from siq_vl.plots import histogram_plot, inline
+from siq_vl.results import table_rows
 
 _SIDE = 192  # pixels
 _LONGEST = 3000  # characters of a rationale
@@ -35,7 +35,7 @@ def write_page(folder: Path, path: Path | None = None, *, shown: int = 24) -> Pa
     for heading, text in tables(summary).items():
         # Below a table there may be a line of text.
         table, _, note = text.partition("\n\n")
-        shown_tables.append((heading, table_cells(table), note))
+        shown_tables.append((heading, table_rows(table), note))
     histograms = []
     for name, teacher in sorted(summary.teachers.items()):
         counts = {bound: teacher.lengths[bound] for bound in LENGTH_BINS}

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image, List, Value, load_dataset
 
 from siq_vl.distill.schema import FEATURES, TokensSpent, TraceRow
-from siq_vl.files import write_text
+from siq_vl.files import replacing, write_text
 from siq_vl.locks import Lock
 
 logger = logging.getLogger(__name__)
@@ -317,13 +317,11 @@ class TraceStore:
         return rows
 
     def _write(self, path: Path, table: pa.Table) -> None:
-        temporary = path.parent / f".{path.name}.tmp"
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             pq.write_table(table, file, compression="zstd")
             # The journal goes once the shard is in place: it must be on the disk by then, not on its way there.
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
 
 
 def _numbers(path: Path) -> list[int]:

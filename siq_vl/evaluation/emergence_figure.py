@@ -14,9 +14,11 @@ from pathlib import Path
 
 from siq_vl import cli
 from siq_vl.evaluation.tables import markdown
+from siq_vl.files import write_text
+from siq_vl.hub import EMERGENCE_FIGURE
 from siq_vl.plots import emergence_plot
 
-EMERGENCE_FILE, EMERGENCE_FIGURE = "emergence.jsonl", "emergence.svg"
+EMERGENCE_FILE = "emergence.jsonl"
 
 
 def read_emergence(folder: Path) -> list[dict]:
@@ -59,7 +61,7 @@ def main() -> None:
             raise ValueError(f"{name!r} is the name of two runs: tell them apart as NAME=FOLDER")
         runs[name] = read_emergence(Path(folder))
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(emergence_plot(runs), encoding="utf-8")
+    write_text(options.output, emergence_plot(runs))
     cli.say(f"{emergence_table(runs)}\n\nfigure: {options.output}")
 
 

@@ -1,7 +1,6 @@
 """What a model put out for a question, judged and kept in a file; and captions, scored fact by fact."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from siq_vl.data.figures.rows import user_turn
 from siq_vl.evaluation import metrics
 from siq_vl.evaluation.generation import generate_texts
 from siq_vl.evaluation.items import Item
+from siq_vl.files import write_text
 from siq_vl.parsing.answers import Parsed, Reading, agrees, fact_score, matches, parse, read
 from siq_vl.parsing.texts import pieces
 
@@ -194,10 +194,7 @@ def _score(item: Item, answer: str) -> float:
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
     """Write predictions as JSON lines, all or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A reader finds the old file or the new one, never half of it.
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(_lines(predictions), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, _lines(predictions))
 
 
 def _lines(predictions: Sequence[Prediction]) -> str:

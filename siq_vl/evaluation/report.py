@@ -11,9 +11,11 @@ from siq_vl.data.conversations import Dropped
 from siq_vl.evaluation.items import Item
 from siq_vl.evaluation.predictions import Prediction
 from siq_vl.evaluation.summaries import Summary, summarize, table3
-from siq_vl.evaluation.tables import accuracy_table, ordinary, table_cells, type_table
+from siq_vl.evaluation.tables import accuracy_table, ordinary, type_table
+from siq_vl.files import write_text
 from siq_vl.html import image_data_url, render
 from siq_vl.plots import inline, length_plot, loss_plot, running_accuracy_plot
+from siq_vl.results import table_rows
 
 SHOWN = 300  # questions in the gallery
 _SMALL, _LARGE = 256, 640  # pixels: up to the first a picture is kept as it is, above the second it is scaled down
@@ -63,9 +65,7 @@ def write_report(
         f"{most_asked} ordinary questions."
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(
-        _as_markdown(title, intro, {**scores, **(tables or {})}, notes), encoding="utf-8"
-    )
+    write_text(path.with_suffix(".md"), _as_markdown(title, intro, {**scores, **(tables or {})}, notes))
 
     # What every model said to a question, by the question's id.
     by_id: dict[str, PredictionsByModel] = {item.id: {} for item in items}
@@ -85,14 +85,14 @@ def write_report(
         # What is no table stands as it is; below a table there may be lines of text.
         table, _, note = text.partition("\n\n")
         if table.startswith("|"):
-            further.append((heading, table_cells(table), note))
+            further.append((heading, table_rows(table), note))
         else:
             further.append((heading, [], text))
     page = render(
         "report.html.jinja",
         title=title,
         intro=intro,
-        scores=[(heading, table_cells(text)) for heading, text in scores.items()],
+        scores=[(heading, table_rows(text)) for heading, text in scores.items()],
         notes=notes,
         score_plots=_score_plots(asked, summaries),
         tables=further,
@@ -103,7 +103,7 @@ def write_report(
         domains=["", *dict.fromkeys(item.domain for item in picked)],
         cards=[_card(item, by_id[item.id]) for item in picked],
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _as_markdown(title: str, intro: str, tables: Mapping[str, str], notes: Sequence[str]) -> str:

@@ -206,12 +206,3 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     rule = "-|-".join("-" * width for width in widths)
     drawn.insert(1, f"| {rule} |")
     return "\n".join(drawn)
-
-
-def table_cells(table: str) -> list[list[str]]:
-    """Return the rows of cells of a table that `markdown` wrote, its header first."""
-    header, _, *rows = table.splitlines()
-    cells = []
-    for line in [header, *rows]:
-        cells.append([cell.strip() for cell in line.strip("|").split("|")])
-    return cells

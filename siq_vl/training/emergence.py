@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from siq_vl.data.figures.dataset import DOMAINS, STYLES, sample
 from siq_vl.data.figures.rows import row
 from siq_vl.distill.training_rows import DIRECT, TrainingTraces
-from siq_vl.evaluation.emergence_figure import EMERGENCE_FIGURE, EMERGENCE_FILE
+from siq_vl.evaluation.emergence_figure import EMERGENCE_FILE
 from siq_vl.evaluation.metrics import step_score
+from siq_vl.hub import EMERGENCE_FIGURE
 from siq_vl.parsing.answers import Parsed, agrees, parse
 from siq_vl.plots import emergence_plot
 from siq_vl.processing_siq_vl import SiQVLProcessor

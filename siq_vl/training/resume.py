@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from siq_vl.files import write_text
+
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
@@ -31,9 +33,8 @@ def mark_complete(checkpoint: Path, step: int, settings: dict[str, Any]) -> None
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # on disk before the marker says so
             files[str(path.relative_to(checkpoint))] = path.stat().st_size
-    scratch = checkpoint / f".{MARKER}"
-    scratch.write_text(json.dumps({"step": step, "settings": settings, "files": files}, indent=1, default=str))
-    os.replace(scratch, checkpoint / MARKER)
+    marker = {"step": step, "settings": settings, "files": files}
+    write_text(checkpoint / MARKER, json.dumps(marker, indent=1, default=str))
 
 
 def is_complete(checkpoint: Path) -> bool:

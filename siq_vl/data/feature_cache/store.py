@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from siq_vl.data.mixture_config import FEATURE_DTYPES
+from siq_vl.files import replacing
 
 ENTRY = np.dtype(
     [
@@ -238,11 +239,12 @@ class FeatureStore:
         merged = merged[np.lexsort((merged["low"], merged["high"]))]
         again = (merged["high"][1:] == merged["high"][:-1]) & (merged["low"][1:] == merged["low"][:-1])
         merged = merged[np.concatenate([[True], ~again])[: len(merged)]]
-        # Written aside and moved, since other processes may be reading the same file.
-        scratch = self.folder / f".{secrets.token_hex(4)}.npy"
-        np.save(scratch, merged)
-        self._entries = np.load(scratch, mmap_mode="r")  # on disk: nothing here grows with the number of pictures
-        os.replace(scratch, self.folder / _MERGED)
+        with replacing(self.folder / _MERGED) as scratch:
+            with open(scratch, "wb") as file:
+                np.save(file, merged)
+            # On disk: nothing here grows with the number of pictures. And from the scratch file, since another process
+            # may put its own in place at any time.
+            self._entries = np.load(scratch, mmap_mode="r")
 
     def find(self, key: bytes) -> np.void | None:
         """Return the entry of a picture by its key of 16 bytes; None where its features are not stored."""
@@ -283,6 +285,5 @@ def _entries(path: Path) -> np.ndarray:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    scratch = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        scratch.write_bytes(content)
