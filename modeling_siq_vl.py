@@ -241,6 +241,8 @@ def _checkpoint_where_it_trains(
 
 def _is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 or ZeRO-3 spreads the weights of a module over the processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
     # The former makes them `DTensor`s; the latter marks them.
     return any(hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in module.parameters())
 
@@ -504,8 +506,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif input_ids is not None and input_ids.shape[1] > 1 and _is_empty(past_key_values):
             self._check_images_given(input_ids, refuse=self.training)
-        first_step = image_features is None and _is_empty(past_key_values)
-        if image_features is None and (self.training or first_step and _is_sharded(self.vision_tower)):
+        if image_features is None and (self.training or _is_sharded(self.vision_tower) and _is_empty(past_key_values)):
             inputs_embeds = inputs_embeds + self._zero_of_vision(inputs_embeds).to(inputs_embeds)
 
         outputs = self.language_model(

@@ -132,7 +132,7 @@ def test_half_alike_is_no_duplicate():
 
 def test_rules_that_have_changed_judge_again_and_selection_is_undone(tmp_path):
     said = {"a": [trace("short"), trace(LONG)]}
-    strict = Verification(language="", min_length=5)
+    strict = Verification(language="", min_words=5)
     found = store_of(tmp_path, said, rules=strict, chosen=Selection(keep="best"), hint=True)
     assert found["a", 0]["rejected_by"] == ["length"] and found["a", 1]["verdict"] == "kept"
     with TraceStore(tmp_path) as store:

@@ -53,12 +53,12 @@ def kill_while_saving(step):
     SiQVLTrainer._save_rng_state = save
 
 def start(job):
-    made = train_sft.make_trainer
+    made = run.make_trainer
     def make_trainer(*arguments):
         trainer = made(*arguments)
         trainer.add_callback(Event(job["kind"], job["step"]))
         return trainer
-    train_sft.make_trainer = make_trainer
+    run.make_trainer = make_trainer
     if job["kind"] == "kill while saving":
         kill_while_saving(job["step"])
     sys.argv = ["train_sft.py", *job["arguments"]]
