@@ -16,7 +16,7 @@ import training
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from siq_vl.export import export_idefics3
+from siq_vl.export.idefics3 import export_idefics3
 
 
 def idefics3_twin(model, processor):
