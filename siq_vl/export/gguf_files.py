@@ -22,6 +22,7 @@ import gguf
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from siq_vl.export.quantize_q4_k import BLOCK, quantize_q4_k
 from siq_vl.export.templates import portable_template, sliding_window, spaced_template, special_token_texts
@@ -176,7 +177,7 @@ def words_of(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def _across_words(model: dict) -> list[str]:
     """The merged tokens that lie across the words that Bloom's tokenizer makes."""
-    from_letters = {letter: byte for byte, letter in gguf_letters().items()}
+    from_letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     found = []
     for first, second in model["merges"]:
         text = bytes(from_letters[letter] for letter in first + second).decode("utf-8", errors="replace")
@@ -184,16 +185,6 @@ def _across_words(model: dict) -> list[str]:
         if word is not None and word.group() != text:
             found.append(first + second)
     return found
-
-
-def gguf_letters() -> dict[int, str]:
-    """Return the letter that stands for each byte in byte-level vocabularies: printable ones for themselves."""
-    own = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {byte: chr(byte) for byte in own}
-    for byte in range(256):
-        if byte not in letters:
-            letters[byte] = chr(256 + len(letters) - len(own))
-    return letters
 
 
 def llama_template(processor: SiQVLProcessor) -> str:
@@ -351,10 +342,7 @@ def _add(writer: GGUFWriter, name: str, weight: torch.Tensor, kind: str) -> None
         type_ = GGMLQuantizationType.Q8_0
     elif type_ == GGMLQuantizationType.Q4_K and values.shape[-1] % BLOCK:
         type_ = GGMLQuantizationType.Q5_0  # what llama.cpp itself takes for rows of other lengths
-    if type_ == GGMLQuantizationType.Q4_K:
-        data = quantize_q4_k(values)
-    else:
-        data = gguf.quantize(values, type_)
+    data = quantize_q4_k(values) if type_ == GGMLQuantizationType.Q4_K else gguf.quantize(values, type_)
     writer.add_tensor(name, data, raw_dtype=type_)
 
 

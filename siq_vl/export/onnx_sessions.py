@@ -198,10 +198,7 @@ def export_onnx(
     with_data_file = []
     for name, trace in ((VISION, _vision), (EMBEDDINGS, _embeddings), (DECODER, _decoder)):
         whole = sessions / f"{name}.onnx"
-        if name == DECODER:
-            proto = trace(model, attention)
-        else:
-            proto = trace(model)
+        proto = trace(model, attention) if name == DECODER else trace(model)
         logger.info("%s: %d operations", name, len(proto.graph.node))
         _save(proto, whole)
         del proto
