@@ -133,6 +133,7 @@ def check_expressible(model: SiQVLForConditionalGeneration, processor: SiQVLProc
         )
 
 
+@torch.no_grad()
 def shift(model: SiQVLForConditionalGeneration) -> float:
     """Return a K that lifts every value that the projector can take to where a GELU is the identity.
 
@@ -142,9 +143,7 @@ def shift(model: SiQVLForConditionalGeneration) -> float:
     """
     norm, linear = model.vision_tower.post_layernorm, model.model.projector.linear
     width = norm.weight.shape[0]
-    by_patch = (
-        linear.weight.detach().double().reshape(linear.weight.shape[0], -1, width)
-    )  # (text_width, factor**2, width)
+    by_patch = linear.weight.double().reshape(linear.weight.shape[0], -1, width)  # (text_width, factor**2, width)
     bound = (by_patch * norm.weight.double()).norm(dim=2).sum(dim=1) * width**0.5
     bound += (by_patch @ norm.bias.double()).abs().sum(dim=1)
     if linear.bias is not None:

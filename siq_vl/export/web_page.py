@@ -79,7 +79,7 @@ def build_page(
 
 def page_settings(config: SiQVLConfig, processor: SiQVLProcessor, exported: Path, max_new_tokens: int) -> dict:
     """Return what the page has to know of a checkpoint: its tokens, and how it prepares pictures."""
-    images, generation = processor.image_processor, read_json(exported / "generation_config.json")
+    images = processor.image_processor
     if images.resample not in _FILTERS:
         raise ValueError(
             f"resample is {images.resample!r}, but the page resizes by {', '.join(_FILTERS.values())} alone: export a "
@@ -87,6 +87,7 @@ def page_settings(config: SiQVLConfig, processor: SiQVLProcessor, exported: Path
         )
     side = images.size["height"]
     tokens_a_side = -(-(side // processor.patch_size) // processor.pixel_shuffle_factor)
+    generation = read_json(exported / "generation_config.json")
     end = generation["eos_token_id"]
     around = [IDEFICS3_TOKENS["<|vision_start|>"], IDEFICS3_TOKENS["<|vision_end|>"]]
     placeholder = IDEFICS3_TOKENS["<|image_pad|>"]
