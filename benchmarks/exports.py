@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,13 +29,8 @@ from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration  # noqa: E402
 from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402
 from siq_vl.results import write_results  # noqa: E402
 
-# What is exported. The ONNX sessions in float32 are written before those of another kind, and count in its time.
-EXPORTS = (
-    ("GGUF", "q8_0"),
-    ("GGUF", "q4_k"),
-    ("ONNX", "fp32"),
-    ("ONNX", "q4"),
-)
+# What is exported, each in one go, and the smaller kind whose size is shown beside the larger one's.
+EXPORTS = (("GGUF", ("f16", "q4_k")), ("ONNX", ("fp32", "q4")))
 
 
 def random_model() -> tuple[SiQVLForConditionalGeneration, SiQVLProcessor]:
@@ -53,46 +49,47 @@ def random_model() -> tuple[SiQVLForConditionalGeneration, SiQVLProcessor]:
     return SiQVLForConditionalGeneration(config).eval(), processor
 
 
-def export(name: str, kind: str, folder: Path) -> dict:
-    """Export in this process; return seconds, peak memory in GiB and the size of what an engine reads in MiB."""
+def export(name: str, kinds: Sequence[str], folder: Path) -> dict:
+    """Export in this process; return seconds, peak memory in GiB and, by kind, the size of what an engine reads in MiB."""
     model, processor = random_model()
     begin = time.perf_counter()
+    files = {}
     if name == "ONNX":
-        from siq_vl.export.onnx_sessions import SUFFIXES, export_onnx
+        from siq_vl.export.onnx_sessions import SESSIONS, SUFFIXES, export_onnx
 
-        export_onnx(model, processor, folder, [kind])
-        suffix = SUFFIXES[kind]
-        wanted = [f"{session}{suffix}.onnx" for session in ("vision_encoder", "embed_tokens", "decoder_model_merged")]
-        files = [path for path in (folder / "onnx").iterdir() if path.name.removesuffix("_data") in wanted]
+        export_onnx(model, processor, folder, kinds)
+        for kind in kinds:
+            wanted = [f"{session}{SUFFIXES[kind]}.onnx" for session in SESSIONS]
+            files[kind] = [path for path in (folder / "onnx").iterdir() if path.name.removesuffix("_data") in wanted]
     else:
         from siq_vl.export.gguf_files import export_gguf
 
-        export_gguf(model, processor, folder, [kind])
-        files = [folder / f"model-{kind}.gguf", folder / "mmproj-f16.gguf"]
+        export_gguf(model, processor, folder, kinds)
+        for kind in kinds:
+            files[kind] = [folder / f"model-{kind}.gguf", folder / "mmproj-f16.gguf"]
     seconds = time.perf_counter() - begin
-    size = sum(file.stat().st_size for file in files) / 2**20
+    sizes = {kind: sum(file.stat().st_size for file in read) / 2**20 for kind, read in files.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": seconds, "peak": peak, "size": size}
+    return {"seconds": seconds, "peak": peak, "sizes": sizes}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs=3, metavar=("FORMAT", "KIND", "FOLDER"), help="one export, in this process")
+    parser.add_argument("--only", nargs=2, metavar=("FORMAT", "FOLDER"), help="one export, in this process")
     parser.add_argument("--results", type=Path, metavar="FILE.json", help="keep the table in this file, too")
     options = parser.parse_args()
     if options.only:
-        name, kind, folder = options.only
-        print(json.dumps(export(name, kind, Path(folder))))
+        name, folder = options.only
+        print(json.dumps(export(name, dict(EXPORTS)[name], Path(folder))))
         return
     lines = [["export", "weights", "MiB", "minutes", "peak memory, GiB"]]
-    for name, kind in EXPORTS:
+    for name, kinds in EXPORTS:
         with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, __file__, "--only", name, kind, str(Path(scratch) / "made")]
-            made = json.loads(
-                subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-            )
-        cells = [f"{made['size']:.0f}", f"{made['seconds'] / 60:.1f}", f"{made['peak']:.1f}"]
-        lines.append([name, kind, *cells])
+            command = [sys.executable, __file__, "--only", name, str(Path(scratch) / "made")]
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            made = json.loads(printed.splitlines()[-1])
+        sizes = " and ".join(f"{made['sizes'][kind]:.0f}" for kind in kinds)
+        lines.append([name, " and ".join(kinds), sizes, f"{made['seconds'] / 60:.1f}", f"{made['peak']:.1f}"])
         print(lines[-1], flush=True)
     table = markdown(lines)
     print(table)

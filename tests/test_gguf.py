@@ -12,7 +12,8 @@ need("gguf")
 
 import gguf  # noqa: E402
 
-from benchmarks.engines import ask_llama, llama_server  # noqa: E402
+from benchmarks import exports  # noqa: E402
+from benchmarks.engines import Answer, Asked, ask_llama, llama_server, row  # noqa: E402
 from export_gguf import main  # noqa: E402
 from siq_vl.export.gguf_files import (  # noqa: E402
     check_expressible,
@@ -197,3 +198,17 @@ def test_tokenizers_that_llama_cpp_has(processor, ours):
     backend.normalizer = normalizers.Lowercase()
     with pytest.raises(ValueError, match="rewrites text by .*Lowercase"):
         llama_template(processor)
+
+
+def test_the_benchmarks_count_what_they_say(make_model, processor, ours, tmp_path, monkeypatch):
+    monkeypatch.setattr(exports, "random_model", lambda: (make_model(), processor))
+    made = exports.export("GGUF", ["f16"], tmp_path)
+    files = [tmp_path / "model-f16.gguf", tmp_path / "mmproj-f16.gguf"]
+    assert made["sizes"]["f16"] * 2**20 == sum(file.stat().st_size for file in files) and made["seconds"] > 0
+    asked = Asked(ours.model, ours.processor, ours.items[:2], tmp_path)
+    gold = ours.items[1].golds[0]
+    reference = [Answer("<think>a</think><answer>no such</answer>", 4, 1), Answer(f"<answer>{gold}</answer>", 4, 1)]
+    answers = [Answer("<think>b</think><answer>no such</answer>", 4, 1), Answer(f"<answer>{gold} </answer>", 4, 1)]
+    # The same answers by other words; one of them right.
+    assert row("e", "k", answers, reference, asked, "9") == ["e", "k", "9", "0", "2", "1", "2", "4"]
+    assert row("e", "k", reference, reference, asked, "9")[3] == "2"

@@ -116,7 +116,7 @@ async function answer({ id, picture, question, thinking, longest }) {
     // Reasoning that has used up its tokens is closed, and the answer follows.
     const begun = said.includes("<think>") && !said.includes("</think>");
     if (begun && forced.length === 0 && output.length - 1 >= longest) forced = [...close];
-    await messages(); // lets a stop come in
+    await readMessages(); // lets a stop come in
     if (asked !== id) return;
     ({ inputs_embeds: embeddings } = await table.run({ input_ids: integers([token], [1, 1]) }));
   }
@@ -125,7 +125,7 @@ async function answer({ id, picture, question, thinking, longest }) {
 }
 
 // Waits until messages that have come in are read; a timer would wait for milliseconds.
-function messages() {
+function readMessages() {
   const { port1, port2 } = new MessageChannel();
   return new Promise((resume) => {
     port1.onmessage = () => {
