@@ -76,6 +76,7 @@ def export(name: str, kinds: Sequence[str], folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs=2, metavar=("FORMAT", "FOLDER"), help="one export, in this process")
+    parser.add_argument("--formats", nargs="+", default=list(dict(EXPORTS)), choices=list(dict(EXPORTS)))
     parser.add_argument("--results", type=Path, metavar="FILE.json", help="keep the table in this file, too")
     options = parser.parse_args()
     if options.only:
@@ -83,7 +84,8 @@ def main() -> None:
         print(json.dumps(export(name, dict(EXPORTS)[name], Path(folder))))
         return
     lines = [["export", "weights", "MiB", "minutes", "peak memory, GiB"]]
-    for name, kinds in EXPORTS:
+    for name in options.formats:
+        kinds = dict(EXPORTS)[name]
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, __file__, "--only", name, str(Path(scratch) / "made")]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
