@@ -40,6 +40,17 @@ test-newest:
 	$(VENV_NEWEST)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	$(VENV_NEWEST)/bin/python $(PYTEST)
 
+# Every way to share a training among processes, DeepSpeed's too: on two processes of the CPU.
+VENV_DEVICES ?= .venv-devices
+.PHONY: test-devices
+test-devices: $(VENV_DEVICES)/.ready
+	$(VENV_DEVICES)/bin/python -m pytest tests/test_distributed.py
+
+$(VENV_DEVICES)/.ready: requirements.txt requirements-devices.txt
+	$(PYTHON) -m venv $(VENV_DEVICES)
+	$(VENV_DEVICES)/bin/python -m pip install -q --disable-pip-version-check -r requirements-devices.txt
+	touch $@
+
 # The page in a headless browser, on both majors; needs Chromium (Debian: apt-get install chromium).
 test-app: $(VENV)/.app $(VENV5)/.app
 	SIQ_VL_NEED_BROWSER=1 $(VENV)/bin/python -m pytest tests/test_app.py

@@ -7,8 +7,9 @@ Ablations of stage 3 on the tiny model: every arm trained with several seeds, on
 
 The arms are those of `recipes/tiny/ablations.yaml`; one is added there. Runs go side by side, one a GPU, or one a core
 where there is none. What is done is not done again, so the same command goes on where it was interrupted; the runs, their
-logs and answers are in `outputs/ablations/<arm>/`, the results beside them: `ablations.md`, its tables in `tables.json`, every number in `results.json`, and as figures
-`ablations.svg` and, for the arms that are trained with `--emergence_steps`, `emergence.svg`.
+logs and answers are in `outputs/ablations/<arm>/`, the results beside them: `ablations.md`, its tables in `tables.json`,
+every number in `results.json`, and as plots `ablations.svg` and, for the arms that are trained with `--emergence_steps`,
+`emergence.svg`.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from pathlib import Path
 import torch
 
 from siq_vl import cli
-from siq_vl.ablation import results as ablations
-from siq_vl.ablation.arms import Plan, jobs_of, read_plan, seed_names
+from siq_vl.ablation import comparison
+from siq_vl.ablation.arms import Plan, jobs_of, read_plan
 from siq_vl.ablation.jobs import Jobs
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.emergence_figure import EMERGENCE_FIGURE, EMERGENCE_FILE, read_emergence
@@ -54,63 +55,84 @@ def run_all(plan: Plan, options: argparse.Namespace) -> Jobs:
     gpus = [str(device) for device in range(torch.cuda.device_count())]
     if gpus and "CUDA_VISIBLE_DEVICES" in os.environ:
         gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-    slots = len(gpus) or os.cpu_count() or 1
-    jobs = Jobs(
-        jobs_of(plan, options.output), options.output, slots if options.jobs is None else options.jobs, say, gpus
-    )
+    slots = options.jobs
+    if slots is None:
+        slots = len(gpus) or os.cpu_count() or 1
+    jobs = Jobs(jobs_of(plan, options.output), options.output, slots, say, gpus)
     jobs.run()
     return jobs
 
 
-def result_of(plan: Plan, name: str, out: Path) -> ablations.Result:
+def asked_arms(plan: Plan, jobs: Jobs) -> list[str]:
+    """Return the arms that have been asked in all their ways."""
+    asked = []
+    for name, arm in plan.arms.items():
+        if all(f"{name}/{way}" in jobs.seconds for way in arm.ways):
+            asked.append(name)
+    return asked
+
+
+def result_of(plan: Plan, name: str, out: Path) -> comparison.Result:
     """Read the answers of an arm, and how long its runs took."""
-    arm, seeds = plan.arms[name], seed_names(plan, plan.arms[name])
-    ways = {way: [kept.read(out / name / way / f"{seed}.jsonl") for seed in seeds] for way in arm.ways}
-    settings = [out / name / seed / "training_settings.json" for seed in seeds if arm.train]
-    seconds = [json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in settings]
-    steps = round(plan.steps * arm.steps) if arm.train else 0
-    return ablations.Result(arm.about, steps, seconds, ablations.estimates(ways))
+    arm = plan.arms[name]
+    answers = {}
+    for way in arm.ways:
+        answers[way] = [kept.read_predictions(out / name / way / f"{seed}.jsonl") for seed in plan.seeds_of(name)]
+    seconds = []
+    if arm.is_trained:
+        for checkpoint in plan.checkpoints_of(name, out).values():
+            settings = json.loads((checkpoint / "training_settings.json").read_text(encoding="utf-8"))
+            seconds.append(settings["seconds"])
+    return comparison.Result(arm.about, plan.steps_of(name), seconds, comparison.estimates(answers))
 
 
-def watched(plan: Plan, names: list[str], out: Path) -> dict[str, list[dict[str, float]]]:
+def emerged(plan: Plan, names: list[str], out: Path) -> dict[str, list[dict[str, float]]]:
     """Return how reasoning emerged in the arms that are trained with `--emergence_steps`."""
-    folders = {name: [out / name / seed for seed in seed_names(plan, plan.arms[name])] for name in names}
-    return {
-        name: ablations.mean_over_seeds([read_emergence(folder) for folder in runs])
-        for name, runs in folders.items()
-        if all((folder / EMERGENCE_FILE).exists() for folder in runs)
-    }
+    means = {}
+    for name in names:
+        folders = [out / name / seed for seed in plan.seeds_of(name)]
+        if all((folder / EMERGENCE_FILE).exists() for folder in folders):
+            means[name] = comparison.mean_over_seeds([read_emergence(folder) for folder in folders])
+    return means
+
+
+def write_report(plan: Plan, asked: list[str], out: Path) -> None:
+    """Write and print what came of the arms that have been asked."""
+    results = {name: result_of(plan, name, out) for name in asked}
+    text = comparison.report(results, plan.compare)
+    (out / "ablations.md").write_text(text, encoding="utf-8")
+    (out / "ablations.svg").write_text(comparison.plot(results), encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(comparison.numbers(results, plan.compare), indent=1))
+    write_results(out / "tables.json", comparison.tables(results, plan.compare), {"count": plan.count})
+    means = emerged(plan, asked, out)
+    if means:
+        (out / EMERGENCE_FIGURE).write_text(emergence_plot(means), encoding="utf-8")
+    say(f"\n{text}\nresults: {out}/ablations.md, results.json and plots beside it")
+
+
+def run_and_report(plan: Plan, options: argparse.Namespace) -> None:
+    """Run the plan, and write what is known of it then, failures or not."""
+    started = time.monotonic()
+    jobs = run_all(plan, options)
+    asked = asked_arms(plan, jobs)
+    if asked:
+        write_report(plan, asked, options.output)
+    say(f"{time.monotonic() - started:.0f} s in all")
+    if jobs.failures:
+        sys.exit(f"error: {', '.join(jobs.failures)} failed, and {len(jobs.waiting)} jobs could not start: see above")
 
 
 def main() -> None:
     options = parse_options()
     plan = read_plan(options.plan, seeds=options.seeds, steps=options.steps, count=options.count)
-    plan = plan.only(options.only) if options.only else plan
+    if options.only:
+        plan = plan.only(options.only)
     if options.list:
-        say("\n".join(f"{name:15} {arm.about}" for name, arm in plan.arms.items()))
+        for name, arm in plan.arms.items():
+            say(f"{name:15} {arm.about}")
         return
     with Lock(options.output):
         run_and_report(plan, options)
-
-
-def run_and_report(plan: Plan, options: argparse.Namespace) -> None:
-    """Run the plan, and write what is known of it then."""
-    started, out = time.monotonic(), options.output
-    jobs = run_all(plan, options)
-    asked = [name for name, arm in plan.arms.items() if all(f"{name}/{way}" in jobs.seconds for way in arm.ways)]
-    if asked:
-        results = {name: result_of(plan, name, out) for name in asked}
-        text = ablations.report(results, plan.compare)
-        (out / "ablations.md").write_text(text, encoding="utf-8")
-        (out / "ablations.svg").write_text(ablations.plot(results), encoding="utf-8")
-        (out / "results.json").write_text(json.dumps(ablations.numbers(results, plan.compare), indent=1))
-        write_results(out / "tables.json", ablations.tables(results, plan.compare), {"count": plan.count})
-        if emerged := watched(plan, asked, out):
-            (out / EMERGENCE_FIGURE).write_text(emergence_plot(emerged), encoding="utf-8")
-        say(f"\n{text}\nresults: {out}/ablations.md, results.json and figures beside it")
-    say(f"{time.monotonic() - started:.0f} s in all")
-    if jobs.failures:
-        sys.exit(f"error: {', '.join(jobs.failures)} failed, and {len(jobs.waiting)} jobs could not start: see above")
 
 
 if __name__ == "__main__":

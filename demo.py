@@ -44,6 +44,8 @@ TRAINING = {
         ("stage2",),
     ),
 }
+# The longest answer that the tables of the documents were made with; what is longer is a loop at this size.
+MAX_NEW_TOKENS = 128
 # Models that one process asks, one after the other.
 EVALUATED_TOGETHER = (("stage1", "blind", "stage2"), ("control", "stage3"))
 # The second stage, the blind model and the traces are made side by side, on two cores too.
@@ -61,7 +63,9 @@ def jobs_of(count: int) -> list[Job]:
     for names in EVALUATED_TOGETHER:
         models = " ".join(f"--model {name}={OUT}/{name}" for name in names)
         extra = " --blind blind --captions stage1" if "blind" in names else ""
-        command = f"evaluate_vqa.py {models}{extra} --count {count} --output {EVALUATION}"
+        command = (
+            f"evaluate_vqa.py {models}{extra} --count {count} --max_new_tokens {MAX_NEW_TOKENS} --output {EVALUATION}"
+        )
         weights = tuple(OUT / name / "model.safetensors" for name in names)
         answers = EVALUATION / f"{names[-1]}.jsonl"
         jobs.append(Job("evaluate-" + "-".join(names), command, answers, weights, names, "evaluation"))
@@ -99,7 +103,10 @@ def curve_of(name: str) -> list[tuple[int, float]]:
 def tell(items: list[Item]) -> None:
     """Print the tables and write the page."""
     columns = ("blind", "stage1", "stage2", "control", "stage3")
-    answers = {"majority": majority(items), **{name: kept.read(EVALUATION / f"{name}.jsonl") for name in columns}}
+    answers = {
+        "majority": majority(items),
+        **{name: kept.read_predictions(EVALUATION / f"{name}.jsonl") for name in columns},
+    }
     captions = json.loads((EVALUATION / "stage1.captions.json").read_text())
     multi_step = {
         name: [p for p in answers[name] if p.group == "held out" and p.multi_step] for name in ("control", "stage3")

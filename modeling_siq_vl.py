@@ -211,6 +211,12 @@ def _warn_of_attention_without_cap(text_config: PretrainedConfig) -> None:
         )
 
 
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO-3 spreads the weights of a module over the processes."""
+    # The former makes them `DTensor`s; the latter marks them.
+    return any(hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in module.parameters())
+
+
 class SiQVLPreTrainedModel(PreTrainedModel):
     """Weight initialisation, loading and saving common to the SiQ-VL classes."""
 
@@ -389,10 +395,12 @@ class SiQVLModel(SiQVLPreTrainedModel):
 
         Added to a training batch without images, it leads the backward pass to the same weights on every process. A
         stage that trains the projector alone would have nothing to differentiate, and distributed training would wait
-        for gradients that never come.
+        for gradients that never come. A tower whose weights are spread over the processes runs on a blank image: they
+        gather its weights together, and one of them alone would wait for ever.
         """
         vision, factor = self.config.vision_config, self.config.pixel_shuffle_factor
-        if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+        trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        if trains or _is_sharded(self.vision_tower):
             image = inputs_embeds.new_zeros(1, 3, vision.image_size, vision.image_size)
             tokens = self.get_image_features(image, return_dict=True).pooler_output
         else:
@@ -442,7 +450,8 @@ class SiQVLModel(SiQVLPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif input_ids is not None and input_ids.shape[1] > 1 and _is_empty(past_key_values):
             self._check_images_given(input_ids, refuse=self.training)
-        if image_features is None and self.training:
+        first_step = image_features is None and _is_empty(past_key_values)
+        if image_features is None and (self.training or first_step and _is_sharded(self.vision_tower)):
             inputs_embeds = inputs_embeds + self._zero_of_vision(inputs_embeds).to(inputs_embeds)
 
         outputs = self.language_model(

@@ -5,25 +5,28 @@ Stage 3: offline chain-of-thought distillation, on traces `<think>rationale</thi
     accelerate launch train_distill.py
     accelerate launch train_distill.py --teachers figures-structured=2 figures-terse --curriculum length
     python train_distill.py --emergence_steps 50           # how reasoning emerges: emergence.jsonl, emergence.svg
-    python train_distill.py --recipe siq-vl-0.5b --config internvl_chartqa --dry_run
+    python train_distill.py --recipe siq-vl-0.5b --variant internvl_chartqa --dry_run
 
 It starts from the checkpoint that stage 2 of the same recipe left, and learns from the store of traces that the recipe
-names. `--config` picks one of several configurations, `recipes/<recipe>/stage3-<config>.yaml`.
+names. `--variant` picks one of several files of the stage, `recipes/<recipe>/stage3-<variant>.yaml`; `--config` is a YAML
+file of fields, as in TRL's scripts.
 """
 
 from siq_vl import cli
 from siq_vl.locks import Lock
-from siq_vl.planning.plan import plan
-from siq_vl.training.emergence import watched_rows
 from siq_vl.training.recipes import parse_recipe
-from siq_vl.training.run import held_out_traces, make_trainer, traces_for_stage, train_and_save
-from siq_vl.training.starting_model import load_for_stage
 
 
 def main() -> None:
     recipe = parse_recipe(("3",), description=__doc__)
+    # Imported once the options are known: torch and transformers take seconds, and `--help` needs none of them.
+    from siq_vl.planning.plan import plan
+    from siq_vl.training.emergence import watched_rows
+    from siq_vl.training.run import held_out_traces, make_trainer, traces_for_stage, train_and_save
+    from siq_vl.training.starting_model import load_for_stage
+
     if recipe.run.dry_run:
-        cli.say(plan(recipe, "reason"), recipe.training.process_index)
+        cli.say(plan(recipe, recipe.task), recipe.training.process_index)
         return
     with Lock(recipe.training.output_dir, held=recipe.training.process_index == 0):
         model, processor = load_for_stage(recipe)

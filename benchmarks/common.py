@@ -22,11 +22,10 @@ sys.path.insert(0, str(REPO_ROOT))
 from siq_vl.configuration_siq_vl import SiQVLConfig  # noqa: E402
 from siq_vl.data.figures.dataset import sample  # noqa: E402
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration  # noqa: E402
-from siq_vl.planning.sizes import VISION_TOWER, model_config  # noqa: E402
 from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402
 from siq_vl.results import write_results  # noqa: E402
-from siq_vl.training.backbones import stand_in_processor  # noqa: E402
-from siq_vl.training.recipes import ModelArguments  # noqa: E402
+from siq_vl.training.arguments import ModelArguments  # noqa: E402
+from siq_vl.training.backbones import VISION_TOWER, model_config, stand_in_processor  # noqa: E402
 
 # SigLIP-2 Large and Qwen2.5-0.5B at about a fortieth of their size: the tower has half of the language model's weights and
 # reads four patches a token; the vocabulary holds a quarter of the latter.
@@ -65,6 +64,14 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, metavar="FILE.json", help="keep the tables in this file, too")
     parser.add_argument("--quick", action="store_true", help="seconds, with figures that mean nothing: does it run?")
     return parser
+
+
+def as_options(settings: Mapping[str, object]) -> list[str]:
+    """Return settings as a command line that `parse_recipe` reads."""
+    options = []
+    for name, value in settings.items():
+        options += [f"--{name}", str(value)]
+    return options
 
 
 def prepare(options: argparse.Namespace) -> argparse.Namespace:

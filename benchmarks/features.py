@@ -17,9 +17,10 @@ import common
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
+from siq_vl.data.mixture_config import SourceConfig
 from siq_vl.data.mixtures import build_mixture
-from siq_vl.data.sources import SourceConfig
-from siq_vl.training.recipes import DataArguments, Recipe, parse_recipe
+from siq_vl.training.arguments import DataArguments
+from siq_vl.training.recipes import Recipe, parse_recipe
 from siq_vl.training.run import make_trainer
 
 VARIANTS = {

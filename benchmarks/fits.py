@@ -24,8 +24,8 @@ from transformers import PretrainedConfig
 from trl.trainer.utils import get_peak_flops
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
-from siq_vl.planning.sizes import Sizes, count, training_memory
-from siq_vl.training.recipes import AdapterArguments
+from siq_vl.planning.sizes import Sizes, TrainingSetup, count, training_memory
+from siq_vl.training.arguments import ModelArguments
 
 CARDS = (6, 8, 12, 16, 24)  # GB, as sold: 2**30 bytes each
 RUNS = (
@@ -68,7 +68,9 @@ def forward_flops(config: PretrainedConfig, tokens: int, length: int) -> int:
     return config.num_hidden_layers * tokens * 2 * (weights + 2 * length * width)
 
 
-def step_flops(config: SiQVLConfig, batch_size: int, length: int, supervised: int, lora: int) -> int:
+def step_flops(
+    config: SiQVLConfig, batch_size: int, length: int, supervised: int, lora: int, *, stored_features: bool = False
+) -> int:
     """Return the model's floating-point operations of a step with a frozen tower, recomputation not counted.
 
     Tower: forward. Projector: forward, and the gradient of its weights. Language model: forward, and the gradient of its
@@ -80,12 +82,13 @@ def step_flops(config: SiQVLConfig, batch_size: int, length: int, supervised: in
         length: tokens of a sample.
         supervised: tokens of the batch that have a label.
         lora: parameters of the adapter.
+        stored_features: the tower does not run.
     """
     text, vision = config.text_config, config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     tokens = batch_size * length
     embedding = 2 * batch_size * patches * 3 * vision.patch_size**2 * vision.hidden_size
-    tower = forward_flops(vision, batch_size * patches, patches) + embedding
+    tower = 0 if stored_features else forward_flops(vision, batch_size * patches, patches) + embedding
     width = vision.hidden_size * config.pixel_shuffle_factor**2
     projector = 2 * 2 * batch_size * config.image_seq_length * width * text.hidden_size
     language = 2 * forward_flops(text, tokens, length) + 3 * 2 * tokens * lora
@@ -96,15 +99,8 @@ def step_flops(config: SiQVLConfig, batch_size: int, length: int, supervised: in
 
 def predicted(run: Run, config: SiQVLConfig, sizes: Sizes, batch_size: int) -> int:
     """Return the predicted peak of a run in bytes."""
-    return training_memory(
-        config,
-        sizes,
-        batch_size,
-        run.length,
-        supervised=batch_size * run.length // 4,
-        bf16_weights=True,
-        nf4=run.nf4,
-    ).total
+    setup = TrainingSetup(bf16_weights=True, nf4=run.nf4)
+    return training_memory(config, sizes, batch_size, run.length, setup, batch_size * run.length // 4).total
 
 
 def largest_batch(run: Run, config: SiQVLConfig, sizes: Sizes, limit: int) -> int:
@@ -143,7 +139,7 @@ def settings_of(options: argparse.Namespace, run: Run) -> argparse.Namespace:
 def sizes_of(model: str, stage: str, lora_r: int) -> tuple[SiQVLConfig, Sizes]:
     """Return configuration and parameters of a model in a stage."""
     config, _ = common.random_config(model)
-    return config, count(config, stage, AdapterArguments(lora_r=lora_r))
+    return config, count(config, stage, ModelArguments(lora_r=lora_r))
 
 
 def row(run: Run, card: int, options: argparse.Namespace) -> list[str]:

@@ -28,7 +28,7 @@ def idefics3_twin(model, processor):
 
 def adapter(options) -> LoraConfig:
     """Return stage 2's adapter for Idefics3's names of the same parts."""
-    ours = training.recipe_of(options, options.folder, []).adapter
+    ours = training.recipe_of(options, options.folder, []).model
     targets = rf".*\.text_model\..*\.({'|'.join(ours.lora_target_modules)})"
     return LoraConfig(r=ours.lora_r, lora_alpha=ours.lora_alpha, target_modules=targets, modules_to_save=["connector"])
 

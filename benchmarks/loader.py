@@ -15,9 +15,9 @@ import common
 from torch.utils.data import DataLoader
 
 from siq_vl.data.collation import ConversationCollator
-from siq_vl.data.feature_cache.build import FeatureArguments, cached_rows
-from siq_vl.data.mixtures import MixtureConfig, build_mixture
-from siq_vl.data.sources import SourceConfig
+from siq_vl.data.feature_cache.build import cached_rows
+from siq_vl.data.mixture_config import FeatureArguments, MixtureConfig, SourceConfig
+from siq_vl.data.mixtures import build_mixture
 
 
 def once(rows, collate, workers: int, options) -> common.Figures:

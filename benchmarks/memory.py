@@ -22,9 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback
 
 from siq_vl.data.figures.rows import training_rows
-from siq_vl.planning.sizes import MIB, count, training_memory
-from siq_vl.training.quantization import load_nf4
-from siq_vl.training.recipes import STAGES, Recipe, parse_recipe
+from siq_vl.planning.sizes import MIB, Memory, count, predicted_memory
+from siq_vl.training.arguments import STAGES
+from siq_vl.training.quantization import load_quantized
+from siq_vl.training.recipes import Recipe, parse_recipe
 from siq_vl.training.run import make_trainer
 
 METHODS = {"stage 1": ("1", False), "LoRA": ("2", False), "QLoRA": ("2", True)}
@@ -43,16 +44,24 @@ class Setting:
 def recipe_of(options, setting: Setting, folder: str) -> Recipe:
     """Return a stage of the tiny recipe with the setting's options."""
     stage, nf4 = METHODS[setting.method]
-    adapter = [] if stage == "1" else ["--lora_r", str(options.lora_r), "--load_in_4bit", str(nf4).lower()]
-    return parse_recipe(
-        STAGES,
-        [
-            "--stage", stage, "--output_dir", folder, "--max_steps", str(STEPS), "--disable_tqdm", "true",
-            "--per_device_train_batch_size", str(setting.batch_size), "--effective_batch_size", "0",
-            "--gradient_accumulation_steps", "2", "--bf16", str(options.bf16).lower(), "--gradient_checkpointing", str(setting.checkpointing).lower(),
-            "--logging_steps", "1000", "--dataloader_num_workers", "0", *adapter,
-        ],
-    )  # fmt: skip
+    settings = {
+        "stage": stage,
+        "output_dir": folder,
+        "max_steps": STEPS,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": setting.batch_size,
+        "effective_batch_size": 0,
+        "gradient_accumulation_steps": 2,
+        "bf16": options.bf16,
+        "dtype": options.dtype,
+        "use_cpu": options.device == "cpu",
+        "gradient_checkpointing": setting.checkpointing,
+        "logging_steps": 1000,
+        "dataloader_num_workers": 0,
+    }
+    if stage != "1":
+        settings |= {"lora_r": options.lora_r, "load_in_4bit": nf4}
+    return parse_recipe(STAGES, common.as_options(settings))
 
 
 def fixed_batch(options, config, batch_size: int) -> dict[str, torch.Tensor]:
@@ -71,10 +80,10 @@ def trainer_of(options, setting: Setting, folder: str):
     recipe = recipe_of(options, setting, folder)
     model, processor = common.random_model(options.shape)
     dtype = getattr(torch, options.dtype)
-    if recipe.adapter.load_in_4bit:
+    if recipe.model.load_in_4bit:
         model.save_pretrained(f"{folder}/model")
         compute = torch.bfloat16 if options.bf16 else torch.float32
-        model = load_nf4(f"{folder}/model", recipe.adapter, dtype, compute)
+        model = load_quantized(f"{folder}/model", recipe.model, dtype, compute)
     else:
         model = model.to(dtype)
     model.model.projector.float()
@@ -122,24 +131,13 @@ def measured_peak(options, setting: Setting) -> int:
         return sum(storages.values()) + peak_on_cpu(trainer.train)
 
 
-def predicted_peak(options, setting: Setting):
-    """Return the prediction for the same run, as `Memory`."""
+def predicted_peak(options, setting: Setting) -> Memory:
+    """Return the prediction for the same run."""
     recipe = recipe_of(options, setting, "outputs")
     config, _ = common.random_config(options.shape)
-    sizes = count(config, recipe.stage, recipe.adapter)
-    return training_memory(
-        config,
-        sizes,
-        setting.batch_size,
-        options.length,
-        bf16=options.bf16,
-        checkpointing=setting.checkpointing,
-        supervised=setting.batch_size * options.supervised,
-        bf16_weights=options.dtype == "bfloat16",
-        nf4=recipe.adapter.load_in_4bit,
-        nested=recipe.adapter.use_bnb_nested_quant,
-        device=options.device,
-    )
+    sizes = count(config, recipe.stage, recipe.model)
+    supervised = setting.batch_size * options.supervised
+    return predicted_memory(recipe, config, sizes, setting.batch_size, options.length, supervised)
 
 
 def parse_options():

@@ -25,8 +25,8 @@ sys.path.insert(0, str(REPO_ROOT))
 
 from siq_vl.data.figures.dataset import FigureSample, sample  # noqa: E402
 from siq_vl.evaluation.held_out import EVALUATION_SEED  # noqa: E402
-from siq_vl.evaluation.intervals import clustered_ratio  # noqa: E402
 from siq_vl.evaluation.predictions import read  # noqa: E402
+from siq_vl.evaluation.statistics import clustered_ratio  # noqa: E402
 from siq_vl.evaluation.tables import markdown  # noqa: E402
 from siq_vl.results import write_results  # noqa: E402
 

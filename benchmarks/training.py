@@ -14,9 +14,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from unittest.mock import patch
 
 import common
 import torch
@@ -26,10 +24,10 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from siq_vl.data.adapters import llava
+from siq_vl.data.mixture_config import SourceConfig
 from siq_vl.data.mixtures import build_mixture
-from siq_vl.data.sources import SourceConfig
-from siq_vl.training import trainer as trainers
-from siq_vl.training.recipes import STAGES, Recipe, parse_recipe
+from siq_vl.training.arguments import STAGES
+from siq_vl.training.recipes import Recipe, parse_recipe
 from siq_vl.training.run import make_trainer
 from siq_vl.training.stages import freeze_for_stage
 
@@ -103,18 +101,18 @@ def plain_trainer(options, model, processor, folder: Path, peft_config: PeftConf
         args=arguments,
         train_dataset=options.plain_rows,
         processing_class=processor,
-        peft_config=peft_config or freeze_for_stage(model, "2", recipe.adapter),
+        peft_config=peft_config or freeze_for_stage(model, "2", recipe.model),
     )
 
 
 def lever_trainer(options, model, processor, folder: Path, lever: list[str], supervised: bool) -> SFTTrainer:
     """Return the project's trainer with one lever or several."""
     recipe = recipe_of(options, folder, lever)
-    mixture = build_mixture(recipe.data, "answer", None, processor=processor, base=common.REPO_ROOT)
-    with ExitStack() as stack:
-        if not supervised:
-            stack.enter_context(patch.object(trainers, "score_supervised_only", lambda model: None))
-        return make_trainer(recipe, model, processor, mixture.rows)
+    mixture = build_mixture(recipe.data, "answer", None, processor=processor, places=[common.REPO_ROOT])
+    trainer = make_trainer(recipe, model, processor, mixture.rows)
+    if not supervised:
+        trainer.scored_by_trl = ("cpu", *trainer.scored_by_trl)  # leave all positions to TRL
+    return trainer
 
 
 def one_run(options, make: Callable, model=None, processor=None) -> dict[str, float]:

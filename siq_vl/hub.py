@@ -133,7 +133,12 @@ def _facts(settings: dict) -> dict[str, object]:
 
 
 def _lora(adapter: dict) -> str:
-    base = ", on an NF4 base (QLoRA)" if adapter.get("load_in_4bit") else ""
+    base = ""
+    if adapter.get("load_in_8bit"):
+        base = ", on an int8 base (QLoRA)"
+    elif adapter.get("load_in_4bit"):
+        # Settings of earlier versions do not name the type, which was this.
+        base = f", on an {adapter.get('bnb_4bit_quant_type', 'nf4').upper()} base (QLoRA)"
     vision = ", on the vision tower too" if adapter.get("vision_lora") else ""
     unfrozen = adapter.get("unfreeze_vision_layers")
     if unfrozen:

@@ -124,11 +124,12 @@ def load_model(path: str, **kwargs: Any) -> SiQVLForConditionalGeneration:
     return model
 
 
-def load_processor(path: str) -> SiQVLProcessor:
+def load_processor(path: str, **kwargs: Any) -> SiQVLProcessor:
     """Return the processor of a checkpoint.
 
     Args:
         path: a checkpoint's folder, or its id on the Hub.
+        kwargs: what `SiQVLProcessor.from_pretrained` takes.
 
     Raises:
         ValueError: one of its files is absent or damaged.
@@ -138,7 +139,7 @@ def load_processor(path: str) -> SiQVLProcessor:
         _read(folder / name)
     try:
         # transformers 5 would ask on the terminal before it reads the tokenizer of a repository that has code files.
-        return SiQVLProcessor.from_pretrained(path, trust_remote_code=True)
+        return SiQVLProcessor.from_pretrained(path, trust_remote_code=True, **kwargs)
     except OSError as error:  # says which file
         raise ValueError(f"{error}") from error
     except _UNREADABLE as error:

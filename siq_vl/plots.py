@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Points = Sequence[tuple[int, float]]
 
@@ -46,16 +48,16 @@ def learning_curve_plot(curves: Mapping[str, Points], title: str) -> str:
         raise ValueError("there is no loss to draw: set logging_steps to at most the number of steps")
     figure, (axes,) = _new_figure(width=7.6, height=3.6)
     axes.set_title(title, loc="left")
+    named = {}
     for place, (name, points) in enumerate(curves.items()):
         steps, losses = zip(*points, strict=True)
-        _draw_line(
-            axes, steps, losses, label=f"{name} {losses[-1]:.3f}", colour=_colour(place), width=1.2 if place else 2
-        )
-        axes.lines[-1].set_zorder(3 - place / len(curves))
+        line = _draw_line(axes, steps, losses, colour=_colour(place), width=1.2 if place else 2)
+        line.set_zorder(3 - place / len(curves))
+        named[f"{name} {losses[-1]:.3f}"] = line
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _add_legend(axes, named, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _svg(figure)
 
 
@@ -66,16 +68,17 @@ def running_accuracy_plot(curves: Mapping[str, Sequence[float]]) -> str:
         curves: by model, the share of right answers among the first 1, 2, 3, ... questions.
     """
     figure, (axes,) = _new_figure(width=5.6, height=2.8)
+    named = {}
     for place, (name, values) in enumerate(curves.items()):
         # Some four hundred points are as many as the eye can tell apart; the last one is always drawn.
         stride = max(1, len(values) // 400)
         questions = [*range(1, len(values), stride), len(values)]
         shares = [100 * values[question - 1] for question in questions]
-        _draw_line(axes, questions, shares, label=name, colour=_colour(place))
+        named[name] = _draw_line(axes, questions, shares, colour=_colour(place))
     axes.set_xlabel("questions")
     axes.set_ylabel("running accuracy, %")
     axes.set_ylim(0, 100)
-    axes.legend(loc="lower right", frameon=False)
+    _add_legend(axes, named, loc="lower right")
     return _svg(figure)
 
 
@@ -92,14 +95,16 @@ def length_plot(lengths: Mapping[str, Sequence[int]], bins: int = 24) -> str:
     bin_width = -(-(longest + 1) // bins)
     edges = list(range(0, longest + bin_width + 1, bin_width))
     figure, (axes,) = _new_figure(width=5.6, height=2.8)
+    named = {}
     for place, (name, found) in enumerate(lengths.items()):
         if not found:
             continue
         weights = [100 / len(found)] * len(found)
-        axes.hist(found, bins=edges, weights=weights, histtype="step", label=name, color=_colour(place), linewidth=1.8)
+        axes.hist(found, bins=edges, weights=weights, histtype="step", color=_colour(place), linewidth=1.8)
+        named[name] = axes.patches[-1]  # the outline that it drew
     axes.set_xlabel("words, numbers and marks of the rationale")
     axes.set_ylabel("outputs, %")
-    axes.legend(loc="upper right", frameon=False)
+    _add_legend(axes, named, loc="upper right")
     return _svg(figure)
 
 
@@ -107,7 +112,7 @@ def loss_plot(points: Points) -> str:
     """Return a small loss curve, with its first and its last value in the title."""
     steps, losses = zip(*points, strict=True)
     figure, (axes,) = _new_figure(width=2.6, height=1.5)
-    _draw_line(axes, steps, losses, label="loss", colour=COLOURS[0], width=1.5)
+    _draw_line(axes, steps, losses, colour=COLOURS[0], width=1.5)
     axes.set_title(f"{losses[0]:.2f}, at step {steps[-1]} {losses[-1]:.3f}", loc="left", fontsize=8)
     axes.set_ylim(bottom=0)
     return _svg(figure)
@@ -131,20 +136,20 @@ def emergence_plot(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         runs: by name, entries with `step`, `well_formed`, `length`, `teacher_length`, `structure` and `accuracy`.
     """
     figure, panels = _new_figure(width=7.6, height=5.2, rows=2, columns=2)
+    named = {}
     for axes, (title, measure, scale) in zip(panels, _EMERGENCE_PANELS, strict=True):
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xlabel("step")
         for place, (name, entries) in enumerate(runs.items()):
             steps = [entry["step"] for entry in entries]
             values = [scale * entry[measure] for entry in entries]
-            _draw_line(axes, steps, values, label=name, colour=_colour(place), marker="o")
+            named[name] = _draw_line(axes, steps, values, colour=_colour(place), marker="o")
             if measure == "length":
                 teacher_length = entries[-1]["teacher_length"]
                 ends = [steps[0], steps[-1]]
-                _draw_line(axes, ends, [teacher_length] * 2, label="", colour=_colour(place), dashed=True)
+                _draw_line(axes, ends, [teacher_length] * 2, colour=_colour(place), dashed=True)
         axes.set_ylim(0, 105 if scale == 100 else None)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False)
+    _add_legend(figure, named, loc="outside upper left", ncols=4)
     figure.supxlabel("dashed: the teacher's own length", fontsize=8, x=0.02, ha="left")
     return _svg(figure)
 
@@ -162,6 +167,7 @@ def interval_plot(
     figure, all_axes = _new_figure(width=7.6, height=1.2 + 0.26 * len(rows), columns=len(panels))
     places = list(range(len(rows)))
     colours = iter(COLOURS)
+    named = {}
     for axes, (title, measures) in zip(all_axes, panels, strict=True):
         axes.set_title(title, loc="left", fontweight="bold")
         for number, (measure, measure_title) in enumerate(measures.items()):
@@ -175,11 +181,11 @@ def interval_plot(
                 axes.plot([low, high], [place + offset] * 2, color=colour, linewidth=1.6)
                 dot = f"value-{place}-{measure}"
                 axes.plot([value], [place + offset], marker="o", markersize=4, color=colour, gid=dot)
-            axes.plot([], [], marker="o", markersize=4, color=colour, label=measure_title)
+            (named[measure_title],) = axes.plot([], [], marker="o", markersize=4, color=colour)
         axes.set_xlim(left=0)
         axes.set_yticks(places, list(rows) if axes is all_axes[0] else [""] * len(rows))
         axes.set_ylim(len(rows) - 0.5, -0.5)
-    figure.legend(loc="outside lower left", ncols=4, frameon=False)
+    _add_legend(figure, named, loc="outside lower left", ncols=4)
     return _svg(figure)
 
 
@@ -196,6 +202,23 @@ def histogram_plot(counts: Mapping[int, int]) -> str:
     axes.bar_label(bars, labels, fontsize=7)
     axes.set_xticks(places, [str(bound) for bound in counts], fontsize=7)
     axes.set_yticks([])
+    return _svg(figure)
+
+
+def bar_plot(values: Mapping[str, float], title: str) -> str:
+    """Return horizontal bars, the first on top, each with its value at its end.
+
+    Args:
+        values: by name.
+        title: what they are.
+    """
+    figure, (axes,) = _new_figure(width=7.6, height=1.0 + 0.2 * len(values))
+    axes.set_title(title, loc="left")
+    places = list(range(len(values)))
+    bars = axes.barh(places, list(values.values()), color=COLOURS[0])
+    axes.bar_label(bars, [f"{value:,.0f}" for value in values.values()], padding=2, fontsize=7)
+    axes.set_yticks(places, list(values))
+    axes.invert_yaxis()
     return _svg(figure)
 
 
@@ -222,19 +245,17 @@ def _draw_line(
     x: Sequence[float],
     y: Sequence[float],
     *,
-    label: str,
     colour: str,
     width: float = 1.8,
     marker: str = "",
     dashed: bool = False,
-) -> None:
-    """Draw a line; in the SVG it is a group whose id begins with `curve` or, dashed, with `reference`."""
+) -> "Line2D":
+    """Draw a line and return it; in the SVG it is a group whose id begins with `curve` or, dashed, with `reference`."""
     number = len(axes.lines)
     place = f"{'reference' if dashed else 'curve'}-{axes.figure.axes.index(axes)}-{number}"
-    axes.plot(
+    (line,) = axes.plot(
         x,
         y,
-        label=label,
         color=colour,
         linewidth=width,
         linestyle="--" if dashed else "-",
@@ -242,6 +263,12 @@ def _draw_line(
         markersize=3,
         gid=place,
     )
+    return line
+
+
+def _add_legend(where: "Axes | Figure", named: Mapping[str, "Artist"], **place: Any) -> None:
+    """Name what is drawn. By themselves, matplotlib's legends leave out names that begin with an underscore."""
+    where.legend(list(named.values()), list(named), frameon=False, **place)
 
 
 def _colour(place: int) -> str:

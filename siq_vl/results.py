@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from siq_vl.files import write_text
+
 REPO_ROOT = Path(__file__).resolve().parent.parent
 Rows = list[list[str]]  # of a table, its header first
 
@@ -66,7 +68,7 @@ def write_results(path: Path, tables: Mapping[str, str], figures: Mapping[str, o
     }
     content["checksum"] = checksum(content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_results(path: Path) -> dict:

@@ -249,7 +249,8 @@ def _address_of(part: Mapping[str, Any]) -> str:
 def _is_number(value: Any, least: float, most: float) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return math.isfinite(value) and least <= value <= most if isinstance(value, float) else least <= value <= most
+    # False of NaN, too, which Python's reader of JSON takes.
+    return least <= value <= most
 
 
 def _is_count(value: Any, least: int, most: float) -> bool:

@@ -15,12 +15,12 @@ import yaml
 from scipy import stats
 
 from siq_vl.ablation.arms import jobs_of, read_plan
+from siq_vl.ablation.comparison import mean_over_seeds
 from siq_vl.ablation.jobs import Job, Jobs
-from siq_vl.ablation.results import mean_over_seeds
 from siq_vl.data.figures.dataset import sample
 from siq_vl.evaluation.emergence_figure import read_emergence
 from siq_vl.evaluation.held_out import described, held_out_items
-from siq_vl.evaluation.seeds import ratio_of_totals
+from siq_vl.evaluation.statistics import ratio_of_totals
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = REPO_ROOT / "recipes/tiny/ablations.yaml"
@@ -250,6 +250,7 @@ def test_bad_plans_and_options_end_in_one_line(ablate, tmp_path):
     assert calls() == []
     Path("plan.yaml").write_text(yaml.safe_dump({**plan, "start": "nowhere"}))
     assert "reads nowhere/model.safetensors, which does not exist" in ablate()[1]
+    assert calls() == []  # it is said before the job runs, not after
 
 
 def test_an_interruption_ends_what_is_running_and_it_does_not_count_as_done(tmp_path):
@@ -274,7 +275,8 @@ def test_an_interruption_ends_what_is_running_and_it_does_not_count_as_done(tmp_
 
 
 def test_a_described_question_is_what_a_text_only_student_was_trained_on(tmp_path, monkeypatch):
-    from siq_vl.distill.training_rows import TraceArguments, training_traces
+    from siq_vl.distill.trace_arguments import TraceArguments
+    from siq_vl.distill.training_rows import training_traces
 
     command = ["generate_traces.py", "--count", "6", "--style", "terse", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)

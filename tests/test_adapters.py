@@ -11,8 +11,9 @@ from transformers import TrainerCallback
 
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
-from siq_vl.training.quantization import load_nf4
-from siq_vl.training.recipes import AdapterArguments, parse_recipe
+from siq_vl.training.arguments import ModelArguments
+from siq_vl.training.quantization import load_quantized
+from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import make_trainer, train_and_save
 from siq_vl.training.stages import count_parameters, freeze_for_stage
 from siq_vl.training.starting_model import load_for_stage
@@ -97,7 +98,7 @@ def test_the_adapter_holds_all_that_trains(start, tmp_path):
 
 def test_qlora_trains_saves_reloads_and_merges(start, tmp_path):
     recipe, batch = train(start, tmp_path, "--load_in_4bit", "true")
-    base = load_nf4(str(start), recipe.adapter, torch.float32, torch.float32)
+    base = load_quantized(str(start), recipe.model, torch.float32, torch.float32)
     original = logits(base, batch)
     reloaded = logits(PeftModel.from_pretrained(base, str(tmp_path / "adapter")), batch)
     assert (reloaded - original).abs().max() > 0.1
@@ -161,14 +162,14 @@ def test_a_bfloat16_base_keeps_what_trains_in_float32(start, tmp_path):
 def test_settings_without_a_place_are_refused(make_model):
     model = make_model()
     with pytest.raises(ValueError, match="unfreeze_vision_layers is 9, but the vision tower has 2 layers"):
-        freeze_for_stage(model, "2", AdapterArguments(unfreeze_vision_layers=9))
+        freeze_for_stage(model, "2", ModelArguments(unfreeze_vision_layers=9))
     with pytest.raises(ValueError, match="load_in_4bit and vision_lora go with LoRA"):
-        freeze_for_stage(model, "1", AdapterArguments(load_in_4bit=True))
+        freeze_for_stage(model, "1", ModelArguments(load_in_4bit=True))
 
 
 def test_stage_1_can_unfreeze_the_towers_last_layers(make_model):
     model = make_model()
-    assert freeze_for_stage(model, "1", AdapterArguments(unfreeze_vision_layers=1)) is None
+    assert freeze_for_stage(model, "1", ModelArguments(unfreeze_vision_layers=1)) is None
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     kept = (".projector.", ".vision_tower.encoder.layers.1.", ".vision_tower.post_layernorm.")
     assert all(any(part in name for part in kept) for name in trained)

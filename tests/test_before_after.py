@@ -11,12 +11,13 @@ from conftest import REPO_ROOT
 
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.figures.rows import assistant_turn, reasoned
-from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.data.mixture_config import SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.items import items_of
 from siq_vl.evaluation.losses import reference_losses
-from siq_vl.evaluation.scores import before_after
+from siq_vl.evaluation.summaries import before_after, change_table, without_picture_line
 from siq_vl.hub import model_card, write_card
 
 
@@ -79,6 +80,36 @@ def test_table(said):
     assert "change" not in before_after({"alone": said["student"]}, {})
 
 
+def test_changes_by_pattern(items):
+    def made(place: int, right: bool, rationale: str) -> kept.Prediction:
+        answer = items[place].answer if right else "wrong"
+        return kept.judge(items[place], reasoned(rationale, answer))
+
+    before = [
+        made(0, True, "a b"),
+        made(1, True, "a"),
+        made(2, False, "a b c"),
+        made(3, False, "a"),
+        made(4, True, "a"),
+    ]
+    after = [made(0, False, "a b c d"), made(1, True, "a"), made(2, True, "a"), made(3, True, "a b"), made(4, True, "")]
+    rows = {}
+    for row in change_table(before, after).splitlines():
+        title, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+        rows[title] = cells
+    assert rows["answer"] == ["questions", "rationale shorter", "as long", "longer", "by, on average"]
+    assert rows["right -> right"] == ["2", "1", "1", "0", "-0.5"]
+    assert rows["right -> wrong"] == ["1", "0", "0", "1", "+2.0"]
+    assert rows["wrong -> right"] == ["2", "1", "0", "1", "-0.5"]
+    assert rows["wrong -> wrong"] == ["0", "0", "0", "0", "-"]
+    assert rows["all"] == ["5", "2", "1", "2", "+0.0"]
+    line = without_picture_line("after beside before", after, before)
+    assert line == (
+        "after beside before: 2 of 4 right answers are given without the picture too, and 0 of 1 wrong ones are wrong "
+        "without it as well"
+    )
+
+
 def test_traces_of_a_source_are_rationale_and_answer(tmp_path, make_image):
     make_image(0).save(tmp_path / "picture.png")
     row = {
@@ -125,5 +156,8 @@ def test_command_writes_the_card(tmp_path, checkpoint):
     (line,) = [line for line in ran.stdout.splitlines() if "average loss" in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert float(cells[1]) > 0 and cells[1] == cells[2] and cells[3] == "+0.000"
+    assert line in (checkpoint / "README.md").read_text()
+    assert line in (tmp_path / "page.md").read_text()
+    (line,) = [line for line in ran.stdout.splitlines() if line.startswith("| all") and "+0.0" in line]
     assert line in (checkpoint / "README.md").read_text()
     assert line in (tmp_path / "page.md").read_text()

@@ -13,10 +13,10 @@ from PIL import Image, ImageChops
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging as transformers_logging
 
-from siq_vl.evaluation.intervals import clustered_ratio
 from siq_vl.evaluation.predictions import judge
+from siq_vl.evaluation.statistics import clustered_ratio
 from siq_vl.results import by_name, read_results, table_rows
-from siq_vl.training.recipes import AdapterArguments
+from siq_vl.training.arguments import ModelArguments
 from siq_vl.training.stages import count_parameters, freeze_for_stage
 
 BENCHMARKS = REPO_ROOT / "benchmarks"
@@ -147,7 +147,7 @@ def test_operations_of_a_step(make_model, stage):
     model = make_model(vision={"hidden_size": 64}, text={"hidden_size": 64, "intermediate_size": 160})
     model.set_attn_implementation("eager")  # products that the counter sees one by one
     config, batch_size, length = model.config, 2, 40
-    peft_config = freeze_for_stage(model, stage, AdapterArguments(lora_r=4))
+    peft_config = freeze_for_stage(model, stage, ModelArguments(lora_r=4))
     trained = get_peft_model(model, peft_config) if peft_config else model
     lora = count_parameters(trained)[0].get("LoRA", 0)
     ids = torch.full((batch_size, length), 9)
@@ -164,7 +164,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(make_config):
 
     run = fits.Run("0.5b", "2", "LoRA", False, 64)
     config = make_config()
-    sizes = fits.count(config, "2", AdapterArguments(lora_r=4))
+    sizes = fits.count(config, "2", ModelArguments(lora_r=4))
     limit = fits.predicted(run, config, sizes, 8) + 1
     assert fits.largest_batch(run, config, sizes, limit) == 8
     assert fits.predicted(run, config, sizes, 16) > limit

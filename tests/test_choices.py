@@ -21,8 +21,8 @@ from siq_vl.distill.selection import Selection, _Candidate, update_verdicts
 from siq_vl.distill.teachers.base import Teacher, TeacherReply, TeacherRequest
 from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
+from siq_vl.distill.trace_arguments import TraceArguments
 from siq_vl.distill.traces import TraceStore, read_traces
-from siq_vl.distill.training_rows import TraceArguments
 from siq_vl.distill.verification import Verification
 from siq_vl.distill.yields import StoreYield, TeacherYield, cost_table, precision_and_recall, store_yield
 

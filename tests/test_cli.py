@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from siq_vl import cli
 from siq_vl.data.images import open_image
-from siq_vl.evaluation import intervals
+from siq_vl.evaluation import statistics
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,7 +140,7 @@ class TestWhatIsOneLine:
     def test_a_mistake_inside_a_statement_of_ours_keeps_its_traceback(self):
         """The frame is ours, but no `raise` of ours said it."""
         with pytest.raises(ValueError, match="math domain error|nonnegative"):
-            cli.run(lambda: intervals.wilson(5, 1))
+            cli.run(lambda: statistics.wilson(5, 1))
 
     def test_debug_shows_all(self, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["ask.py", str(tmp_path / "nowhere.png"), "What?", "--debug"])

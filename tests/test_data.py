@@ -25,10 +25,12 @@ from siq_vl.data.collation import ConversationCollator, supervised_segments
 from siq_vl.data.conversations import Dropped, text_of
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.data.images import FORMATS, decode_image, find_under, open_image
+from siq_vl.data.mixture_config import SourceConfig
 from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.preprocessing import DropLog
-from siq_vl.data.sources import Source, SourceConfig
-from siq_vl.training.recipes import AdapterArguments, DataArguments, ModelArguments, Recipe
+from siq_vl.data.sources import Source
+from siq_vl.training.arguments import DataArguments, ModelArguments
+from siq_vl.training.recipes import Recipe
 from siq_vl.training.run import DROP_LOG, make_trainer, mixture_for_stage
 
 TEXT, TEXTS, PICTURE = Value("string"), List(Value("string")), ImageFeature()
@@ -474,8 +476,7 @@ def recipe_for(tmp_path: Path, rows: Path, stage: str = "1", batch: int = 4, **o
     return Recipe(
         stage=stage,
         name="test",
-        model=ModelArguments(),
-        adapter=AdapterArguments(lora_r=2),
+        model=ModelArguments(lora_r=2),
         data=DataArguments(**{"sources": [{"path": str(rows), **options.pop("source", {})}], **options}),
         training=SFTConfig(
             output_dir=str(tmp_path / "out"),

@@ -12,7 +12,7 @@ from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.packing import SDPA_BY_SAMPLE, attend_by_sample
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
-from siq_vl.training.recipes import AdapterArguments
+from siq_vl.training.arguments import ModelArguments
 from siq_vl.training.stages import freeze_for_stage
 
 VOCAB, IMAGE_ID, WIDTH = 96, 5, 32
@@ -186,7 +186,7 @@ def test_lora_finds_every_linear(pair):
 
     _, _, model = pair
     linears = [name for name, module in model.model.language_model.named_modules() if type(module) is torch.nn.Linear]
-    adapted = get_peft_model(model, freeze_for_stage(model, "2", AdapterArguments(lora_r=2)))
+    adapted = get_peft_model(model, freeze_for_stage(model, "2", ModelArguments(lora_r=2)))
     found = [name for name, _ in adapted.named_modules() if name.endswith(".lora_A.default")]
     assert linears and sorted(name.split("language_model.")[1] for name in found) == sorted(
         f"{name}.lora_A.default" for name in linears

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -22,14 +21,15 @@ from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import figure_questions
 from siq_vl.distill.selection import Selection, record_rules, update_verdicts
 from siq_vl.distill.teachers.oracle import FiguresTeacher
+from siq_vl.distill.trace_arguments import TraceArguments
 from siq_vl.distill.traces import TraceStore, read_traces
-from siq_vl.distill.training_rows import DIRECT, TraceArguments, training_traces
+from siq_vl.distill.training_rows import DIRECT, training_traces
 from siq_vl.distill.verification import Verification
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.planning.plan import plan
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.checkpoints import run_settings
-from siq_vl.training.recipes import RECIPES, parse_recipe
+from siq_vl.training.recipes import RECIPES, parse_recipe, read_settings
 from siq_vl.training.resume import checkpoint_to_resume, mark_complete
 from siq_vl.training.run import held_out_traces, make_trainer, rows_needed, traces_for_stage, train_and_save
 from siq_vl.training.starting_model import load_for_stage
@@ -448,8 +448,8 @@ def test_early_stopping_keeps_counting_after_a_resume(start, store, tmp_path):
         (["--eval_strategy", "steps", "--eval_steps", "2"], "validation_share is 0, so that there is nothing"),
         (["--early_stopping_patience", "2", "--validation_share", "0.1"], "which takes eval_strategy"),
         (
-            ["--config", "plato"],
-            "config is 'plato'; stage 3 of recipe 'tiny' has hunyuanocr, internvl-chartqa, qwen3vl",
+            ["--variant", "plato"],
+            "variant is 'plato'; stage 3 of recipe 'tiny' has hunyuanocr, internvl-chartqa, qwen3vl",
         ),
     ],
 )
@@ -473,9 +473,9 @@ def test_settings_that_do_not_go_together_are_refused(arguments, message):
 def test_the_reports_configurations(config, adapter, training, of_traces, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    chosen = ["--recipe", "siq-vl-0.5b", *(["--config", config] if config else [])]
+    chosen = ["--recipe", "siq-vl-0.5b", *(["--variant", config] if config else [])]
     recipe = parse_recipe(("3",), chosen)
-    lora, run = recipe.adapter, recipe.training
+    lora, run = recipe.model, recipe.training
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.load_in_4bit) == adapter
     assert len(lora.lora_target_modules) == 7
     assert (run.learning_rate, run.lr_scheduler_type, run.max_steps, recipe.run.effective_batch_size) == training
@@ -498,7 +498,7 @@ def test_every_configuration_has_a_tiny_twin():
     assert len(names) == 3
     assert names <= {path.name for path in (RECIPES / "tiny").glob("stage3-*.yaml")}
     for name in names:
-        paper, tiny = (yaml.safe_load((RECIPES / recipe / name).read_text()) for recipe in ("siq-vl-0.5b", "tiny"))
+        paper, tiny = (read_settings(RECIPES / recipe / name) for recipe in ("siq-vl-0.5b", "tiny"))
         for field in ("lora_r", "lora_alpha", "lora_dropout", "lr_scheduler_type"):
             assert tiny[field] == paper[field], (name, field)
         for field, default in (("load_in_4bit", False), ("student", "multimodal"), ("num_train_epochs", None)):

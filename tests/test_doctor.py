@@ -10,6 +10,7 @@ import pytest
 
 from siq_vl.planning import doctor
 from siq_vl.planning.doctor import GIB, NOTE, OK, PROBLEM
+from siq_vl.planning.plan import plan
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
@@ -139,6 +140,14 @@ def test_the_first_change_that_fits_is_named(monkeypatch, pick, share, expected)
     assert finding.level == PROBLEM and expected in finding.fix
     fitting = [options for options, size in needed.items() if size <= doctor._USABLE * free]
     assert finding.fix.startswith(fitting[0] if fitting else "no setting of this recipe fits")
+
+
+@pytest.mark.parametrize("options", [[], ["--batching", "packed", "--pack_tokens", "300"]], ids=["padded", "packed"])
+def test_doctor_and_plan_predict_the_same(options):
+    recipe = doctor.parse("2", "tiny", options)
+    planned = plan(recipe, "answer").splitlines()
+    (total,) = [line.split("|")[2] for line in planned if line.startswith("| **total** |") and line.count("|") == 3]
+    assert doctor.memory_of(recipe)(recipe) / 2**20 == pytest.approx(float(total.replace(",", "")), abs=0.05)
 
 
 def test_without_an_effective_batch_size_accumulation_makes_up_for_a_smaller_batch():

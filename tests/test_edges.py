@@ -17,8 +17,9 @@ from transformers import GenerationConfig
 from siq_vl.data import packing, remote
 from siq_vl.data.conversations import Dropped, message
 from siq_vl.data.feature_cache import build
-from siq_vl.data.feature_cache.build import FeatureArguments, FeaturesTooLarge, cached_rows, store_of
+from siq_vl.data.feature_cache.build import FeaturesTooLarge, cached_rows, store_of
 from siq_vl.data.figures.dataset import sample
+from siq_vl.data.mixture_config import FeatureArguments
 from siq_vl.data.packing import PackingCollator
 from siq_vl.data.preprocessing import DropLog
 from siq_vl.data.remote import download_image, is_public
@@ -26,7 +27,7 @@ from siq_vl.distill.training_rows import Descriptions
 from siq_vl.distill.verification import RuleInput, Verification
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration, scale_and_cap
 from siq_vl.processing_siq_vl import SiQVLProcessor, load_rgb
-from siq_vl.training.recipes import AdapterArguments
+from siq_vl.training.arguments import ModelArguments
 from siq_vl.training.stages import count_parameters, freeze_for_stage
 
 # Addresses
@@ -163,7 +164,7 @@ def test_a_conclusion_is_what_the_last_sentence_or_the_named_answer_says():
 
 def test_bounds_of_the_length_are_within():
     for least, most, rules in ((3, 9, []), (1, 3, []), (4, 9, ["length"]), (1, 2, ["length"])):
-        assert verdict(traced("one two three", "red"), min_length=least, max_length=most) == rules
+        assert verdict(traced("one two three", "red"), min_words=least, max_words=most) == rules
 
 
 def test_only_a_trace_with_a_hint_can_leak_it():
@@ -246,26 +247,24 @@ def test_capped_logits_keep_their_scale():
 
 
 def test_an_adapter_has_the_rank_scale_and_dropout_of_its_settings(make_model):
-    asked = AdapterArguments(lora_r=4, lora_alpha=7, lora_dropout=0.25)
+    asked = ModelArguments(lora_r=4, lora_alpha=7, lora_dropout=0.25)
     made = freeze_for_stage(make_model(), "2", asked)
     assert (made.r, made.lora_alpha, made.lora_dropout) == (4, 7, 0.25)
 
 
 def test_the_last_layers_of_the_tower_train(make_model):
     model = make_model(vision={"num_hidden_layers": 3})
-    freeze_for_stage(model, "2", AdapterArguments(unfreeze_vision_layers=2))
+    freeze_for_stage(model, "2", ModelArguments(unfreeze_vision_layers=2))
     trained = [next(layer.parameters()).requires_grad for layer in model.model.vision_tower.encoder.layers]
     assert trained == [False, True, True]
     with pytest.raises(ValueError, match="unfreeze_vision_layers is 4, but the vision tower has 3 layers"):
-        freeze_for_stage(model, "2", AdapterArguments(unfreeze_vision_layers=4))
+        freeze_for_stage(model, "2", ModelArguments(unfreeze_vision_layers=4))
 
 
 def test_the_tower_has_an_adapter_where_one_is_asked_for_and_no_twin_is_counted(make_model):
     for vision_lora in (False, True):
         model = make_model()
-        wrapped = get_peft_model(
-            model, freeze_for_stage(model, "2", AdapterArguments(lora_r=2, vision_lora=vision_lora))
-        )
+        wrapped = get_peft_model(model, freeze_for_stage(model, "2", ModelArguments(lora_r=2, vision_lora=vision_lora)))
         adapted = [name for name, _ in wrapped.named_parameters() if "vision_tower" in name and "lora_" in name]
         assert bool(adapted) is vision_lora
         trained, frozen = count_parameters(wrapped)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from siq_vl.ablation import results as ablations
+from siq_vl.ablation import comparison
 from siq_vl.distill import store_page as traces_page
 from siq_vl.distill.yields import StoreYield, TeacherYield
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.report import write_report
-from siq_vl.evaluation.seeds import ratio_of_totals
+from siq_vl.evaluation.statistics import ratio_of_totals
 from siq_vl.page.cards import card, empty_card
 from siq_vl.page.streaming import Output
 from siq_vl.plots import emergence_plot, learning_curve_plot, length_plot, running_accuracy_plot
@@ -108,16 +108,27 @@ def test_figures_and_curves():
     check(running_accuracy_plot({hostile("model"): [0.5]}), "model")
     check(length_plot({hostile("model"): [3, 4]}), "model")
     found = {"accuracy": ratio_of_totals(np.array([[0.0, 1.0]]))}
-    check(ablations.plot({hostile("arm"): ablations.Result("", 0, [], found)}), "arm")
+    check(comparison.plot({hostile("arm"): comparison.Result("", 0, [], found)}), "arm")
     entry = dict.fromkeys(("step", "well_formed", "length", "teacher_length", "structure", "accuracy"), 1.0)
     check(emergence_plot({hostile("run"): [entry]}), "run")
+
+
+def test_a_legend_has_names_that_begin_with_an_underscore():
+    entry = dict.fromkeys(("step", "well_formed", "length", "teacher_length", "structure", "accuracy"), 1.0)
+    for svg in (
+        learning_curve_plot({"_loss": [(1, 2.0)]}, "title"),
+        running_accuracy_plot({"_loss": [0.5], "other": [0.5]}),
+        length_plot({"_loss": [3, 4], "other": [2]}),
+        emergence_plot({"_loss": [entry], "other": [entry]}),
+    ):
+        assert any(text.startswith("_loss") for text in Found(svg).texts)
 
 
 @pytest.mark.parametrize("name", [r"a$\bad{$b", "$x_1$ and $y$", r"\$5 {"])
 def test_names_with_dollar_signs_are_no_formulas(name):
     found = {"accuracy": ratio_of_totals(np.array([[0.0, 1.0]]))}
     drawn = running_accuracy_plot({name: [0.5]}), learning_curve_plot({"loss": [(1, 2.0)]}, name)
-    for svg in (*drawn, ablations.plot({name: ablations.Result("", 0, [], found)})):
+    for svg in (*drawn, comparison.plot({name: comparison.Result("", 0, [], found)})):
         assert name in Found(svg).texts
 
 

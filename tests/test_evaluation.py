@@ -6,7 +6,7 @@ import pytest
 
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items, majority_answers
-from siq_vl.evaluation.intervals import paired_difference, wilson
+from siq_vl.evaluation.statistics import paired_difference, wilson
 from siq_vl.evaluation.tables import accuracy_table
 from siq_vl.parsing.answers import matches, parse
 
@@ -77,10 +77,10 @@ def test_majority_is_a_training_answer_for_every_question(items):
 
 def test_predictions_survive_the_file(items, tmp_path):
     made = [kept.judge(item, item.answer) for item in items]
-    kept.write(made, tmp_path / "a.jsonl")
-    assert kept.read(tmp_path / "a.jsonl") == made
+    kept.write_predictions(made, tmp_path / "a.jsonl")
+    assert kept.read_predictions(tmp_path / "a.jsonl") == made
     with pytest.raises(ValueError, match="run evaluate_vqa.py"):
-        kept.read(tmp_path / "b.jsonl")
+        kept.read_predictions(tmp_path / "b.jsonl")
 
 
 def test_blind_generation_withholds_the_pictures(items, make_model, processor, monkeypatch):

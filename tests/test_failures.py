@@ -23,7 +23,7 @@ from siq_vl.distill.traces import TraceStore
 from siq_vl.distill.verification import Verification
 from siq_vl.evaluation.items import items_of
 from siq_vl.training import callbacks
-from siq_vl.training.recipes import DataArguments
+from siq_vl.training.arguments import DataArguments
 
 
 class Mute(Teacher):

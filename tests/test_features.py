@@ -26,10 +26,11 @@ from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.conversations import message
 from siq_vl.data.feature_cache import build as features_build
 from siq_vl.data.feature_cache import store as features_store
-from siq_vl.data.feature_cache.build import FeatureArguments, cached_rows, store_of, what_features_depend_on
+from siq_vl.data.feature_cache.build import cached_rows, store_of, what_features_depend_on
 from siq_vl.data.feature_cache.pictures import CachedPicture, CachedPictures, with_cached_pictures
 from siq_vl.data.feature_cache.store import ENTRY, FeatureLayout, FeatureStore, FeatureWriter
 from siq_vl.data.images import decode_image
+from siq_vl.data.mixture_config import FeatureArguments
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.planning.plan import plan
 from siq_vl.processing_siq_vl import SiQVLProcessor

@@ -28,15 +28,17 @@ from torch.utils.data import DataLoader
 from siq_vl.data.adapters import FORMATS
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.conversations import Conversation, Dropped, text_of, with_markers
-from siq_vl.data.feature_cache.build import FeatureArguments, cached_rows
+from siq_vl.data.feature_cache.build import cached_rows
 from siq_vl.data.filters import Duplicates
+from siq_vl.data.mixture_config import FeatureArguments, SourceConfig
 from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.packing import PackingCollator
 from siq_vl.data.preprocessing import DropLog, Preprocessor
-from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.distill.schema import FEATURES
-from siq_vl.distill.training_rows import TraceArguments, training_traces
-from siq_vl.training.recipes import DataArguments
+from siq_vl.distill.trace_arguments import TraceArguments
+from siq_vl.distill.training_rows import training_traces
+from siq_vl.training.arguments import DataArguments
 
 MAX_LENGTH = 2000
 TURNS = [("user", "Who?"), ("assistant", "Ada.")]

@@ -3,10 +3,12 @@
 Numbers of published examples name their source; all others follow from the definition in the test's own lines.
 """
 
+import importlib.util
 import math
 import os
 import random
 import socket
+from types import ModuleType
 
 import evaluate
 import pytest
@@ -384,6 +386,48 @@ def test_repetition():
     assert metrics.repetition("a b c d a b c d")["rep_4"] == pytest.approx(1 / 5)
 
 
+@pytest.mark.parametrize(
+    ("output", "question", "ignored"),
+    [
+        ("yes", "Is the ball red?", set()),
+        ("<think>It is red.</think><answer>No.</answer>", "The ball is large. Is it red?", set()),
+        ("The ball", "Is the ball red?", {"kind"}),
+        ("red", "Is the ball red or blue?", set()),
+        ("maybe", "Answer with yes or no: what about the ball", {"kind"}),
+        ("three", "How many balls are there?", set()),
+        ("some balls", "How many balls are there?", {"kind"}),
+        ("B", "Is it a cat?\nA. yes\nB. no\nAnswer with the option's letter.", set()),
+        ("a cat", "What is it?\nA. dog\nB. cat\nAnswer with the option's letter from the given choices.", {"kind"}),
+        ("the second", "Is it a cat?\n(A) a dog (B) a cat", set()),
+        ("red", "What colour is it? Answer with a single word.", set()),
+        ("it is a kind of dark red", "What colour is it?\nAnswer using a single word or phrase.", {"long"}),
+        ("it is a kind of dark red", "What colour is it?", set()),
+        ("The image shows a red ball.", "What colour is the ball?", {"described"}),
+        ("scene: top-left ball red", "What colour is the ball?", {"described"}),
+        ("The image shows a red ball.", "Describe the picture.", set()),
+        ("The image shows a red ball.", "Can you describe it?", set()),
+        ("<think>still", "How many balls are there?", set()),  # unparseable, which is counted apart
+        ("", "How many balls are there?", set()),
+    ],
+)
+def test_ignored_instructions(output, question, ignored):
+    row = metrics.ignored_instruction(output, question)
+    assert {name for name, held in row.items() if name != "score" and held} == ignored
+    assert row["score"] == float(bool(ignored))
+
+
+@pytest.mark.parametrize("split", ["test", "combinations"])
+def test_true_answers_ignore_nothing_and_captions_do(split):
+    for index in range(150):
+        drawn = sample(split, index)
+        for output in (
+            drawn.question.answer,
+            reasoned(rationale(drawn.figure, drawn.question), drawn.question.answer),
+        ):
+            assert metrics.ignored_instruction(output, drawn.question.text)["score"] == 0, drawn.question
+        assert metrics.ignored_instruction(drawn.figure.caption, drawn.question.text)["described"] == 1
+
+
 def test_mixed_language():
     foreign = "首先观察图片中的内容，然后读取每一个数值"
     french = "Le ballon est rouge et la maison est bleue, donc les deux objets ne sont pas de la même couleur du tout."
@@ -487,8 +531,30 @@ def inputs_of(name: str) -> dict:
     return made
 
 
+def module_of(family: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{family}_metric", REPO_ROOT / "metrics" / family / f"{family}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# By metric, the `evaluate` module that it is a configuration of.
+FAMILIES = {}
+for folder in sorted((REPO_ROOT / "metrics").iterdir()):
+    FAMILIES |= dict.fromkeys(module_of(folder.name).CITATIONS, folder.name)
+
+
 def test_every_metric_is_an_evaluate_module():
-    assert sorted(METRICS) == sorted(path.name for path in (REPO_ROOT / "metrics").iterdir() if path.is_dir())
+    assert sorted(METRICS) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES.values())))
+def test_a_module_without_a_configuration_names_those_that_there_are(family, monkeypatch, tmp_path):
+    monkeypatch.chdir(REPO_ROOT)
+    of_family = ", ".join(name for name in METRICS if FAMILIES[name] == family)
+    with pytest.raises(ValueError, match="config_name is 'default'; pass one of ") as error:
+        evaluate.load(f"metrics/{family}", cache_dir=str(tmp_path))
+    assert all(name in str(error.value) for name in of_family.split(", "))
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))
@@ -500,7 +566,7 @@ def test_evaluate_loads_the_metric_offline(name, monkeypatch, tmp_path):
         monkeypatch.setattr(socket, function, refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.chdir(REPO_ROOT)
-    metric = evaluate.load(f"metrics/{name}", cache_dir=str(tmp_path))
+    metric = evaluate.load(f"metrics/{FAMILIES[name]}", name, cache_dir=str(tmp_path))
     assert metric.description
     assert "per_sample" in metric.inputs_description
     made = inputs_of(name)

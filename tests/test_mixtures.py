@@ -11,11 +11,13 @@ from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVi
 
 from siq_vl.data.conversations import Conversation, Dropped, message, text_of
 from siq_vl.data.figures.rows import training_rows
-from siq_vl.data.filters import FilterConfig, filtered
+from siq_vl.data.filters import filtered
+from siq_vl.data.mixture_config import FilterConfig
 from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.scoring import SiglipScorer, scored_text
 from siq_vl.training import recipes
-from siq_vl.training.recipes import DataArguments, parse_recipe
+from siq_vl.training.arguments import DataArguments
+from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import make_trainer, mixture_for_stage, rows_needed, train_and_save
 from siq_vl.training.starting_model import load_for_stage
 

@@ -15,10 +15,11 @@ from siq_vl.data import sources
 from siq_vl.data.conversations import Conversation, Dropped, message, with_markers
 from siq_vl.data.feature_cache.pictures import CachedPictures
 from siq_vl.data.feature_cache.store import ENTRY, FeatureLayout, FeatureStore, FeatureWriter
-from siq_vl.data.filters import Duplicates, FilterConfig, filtered
-from siq_vl.data.mixtures import MixtureConfig, build_mixture
+from siq_vl.data.filters import Duplicates, filtered
+from siq_vl.data.mixture_config import FilterConfig, MixtureConfig, SourceConfig
+from siq_vl.data.mixtures import build_mixture
 from siq_vl.data.preprocessing import DropLog
-from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.data.sources import Source
 
 LAYOUT = FeatureLayout(2, 2, 8, "float32")
 

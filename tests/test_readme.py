@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import yaml
 from processes import CONTEXT
+from test_coco import write_miniature
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 PATHS = (REPO_ROOT / "README.md", *sorted((REPO_ROOT / "docs").glob("**/*.md")), REPO_ROOT / "CONTRIBUTING.md")
@@ -153,14 +154,14 @@ HOW = {
     "python train_sft.py --stage 1 --recipe siq-vl-0.5b --random_weights true --sources figures": Run(
         PLAN, says="random weights"
     ),
-    "python train_distill.py --recipe siq-vl-0.5b --config internvl_chartqa --dry_run": Run(says="12,469,120"),
-    "python train_distill.py --recipe siq-vl-0.5b --config qwen3vl_cocoqa --dry_run": Run(says="12,469,120"),
-    "python train_distill.py --recipe siq-vl-0.5b --config hunyuanocr --dry_run": Run(says="12,469,120"),
+    "python train_distill.py --recipe siq-vl-0.5b --variant internvl_chartqa --dry_run": Run(says="12,469,120"),
+    "python train_distill.py --recipe siq-vl-0.5b --variant qwen3vl_cocoqa --dry_run": Run(says="12,469,120"),
+    "python train_distill.py --recipe siq-vl-0.5b --variant hunyuanocr --dry_run": Run(says="12,469,120"),
     "python train_distill.py --recipe siq-vl-0.5b --dry_run": Run(says="Plan of stage 3"),
     "python generate_traces.py --teacher figures --count 14720 --duplicates none --output outputs/tiny/traces": Run(
         "--count 40", makes=True
     ),
-    "python train_distill.py --config union --emergence_steps 50": Run(
+    "python train_distill.py --variant union --emergence_steps 50": Run(
         f"{TINY} --emergence_steps 2 --emergence_count 6"
     ),
     "python -m siq_vl.training.store_features --stage 2 --recipe tiny": Run(TINY),
@@ -187,6 +188,19 @@ HOW = {
     ),
     "python evaluate_vqa.py --model baseline=outputs/tiny/stage2 --model student=outputs/tiny/stage3 --before_after "
     "--card": Run("--count 10 --max_new_tokens 8", says="correct rate"),
+    "python -m siq_vl.evaluation.coco pope instances_val2014.json pope.jsonl --negatives adversarial": Run(
+        says="12 questions", makes=True
+    ),
+    "python evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source pope.jsonl --image_folder val2014 "
+    "--metric yes_no": Run(
+        "--max_new_tokens 4 --output outputs/pope", swap={"outputs/siq-vl-0.5b/stage3": "."}, says="| F1 "
+    ),
+    "python -m siq_vl.evaluation.coco chair instances_val2014.json chair.jsonl --captions captions_val2014.json": Run(
+        says="2 questions", makes=True
+    ),
+    "python evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source chair.jsonl --image_folder val2014 "
+    "--output outputs/chair": Run("--max_new_tokens 4", swap={"outputs/siq-vl-0.5b/stage3": "."}, makes=True),
+    "python -m siq_vl.evaluation.coco score chair.jsonl outputs/chair/stage3.jsonl": Run(says="CHAIRs"),
     "python ablate.py": Run(
         "--only structured --seeds 1 --steps 2 --count 30 --output outputs/short", says="structured"
     ),
@@ -271,6 +285,7 @@ class Copy:
         picture = shutil.copy(folder / "docs" / "example.png", folder / "mine.png")
         asked = [{"question": f"What is {n} + 2?", "image": Path(picture).name, "answer": str(n + 2)} for n in (3, 4)]
         (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+        write_miniature(folder, "instances_val2014.json", "captions_val2014.json", "val2014")
         charts = folder / "data" / "ChartQA"
         charts.mkdir(parents=True)
         shutil.copy(picture, charts)
@@ -492,7 +507,7 @@ def test_paths_in_tables_exist():
 
 
 def test_the_recipe_shown_parses():
-    from siq_vl.training.recipes import DataArguments
+    from siq_vl.training.arguments import DataArguments
 
     shown = [block for document in DOCUMENTS.values() for block in blocks("yaml", document)]
     assert len(shown) == 1

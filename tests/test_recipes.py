@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from siq_vl.planning.plan import count_tokens, plan, predicted_memory
-from siq_vl.planning.sizes import count
+from siq_vl.planning.plan import count_tokens, plan
+from siq_vl.planning.sizes import count, predicted_memory
 from siq_vl.training.backbones import planned_config, random_model
 from siq_vl.training.callbacks import FreeMemoryCallback
-from siq_vl.training.recipes import RECIPES, REPO_ROOT, keep_effective_batch, parse_recipe
+from siq_vl.training.recipes import RECIPES, REPO_ROOT, parse_recipe
 from siq_vl.training.run import rows_needed
+from siq_vl.training.settings import keep_effective_batch
 
 TASKS = {"1": "caption", "2": "answer", "3": "reason"}
 YAMLS = sorted(RECIPES.glob("*/stage*.yaml"))
@@ -25,13 +26,21 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+def files_behind(path: Path) -> list[Path]:
+    """Return a recipe's file, its base, the base of that and so on."""
+    files = [path]
+    while base := yaml.safe_load(files[-1].read_text()).get("base"):
+        files.append(files[-1].parent / base)
+    return files
+
+
 def name_of(path: Path) -> str:
     return f"{path.parent.name}-{path.stem}"
 
 
 def parse(path: Path, *overrides: str):
     stage, _, config = path.stem.removeprefix("stage").partition("-")
-    chosen = ["--stage", stage, "--recipe", path.parent.name, *(["--config", config] if config else [])]
+    chosen = ["--stage", stage, "--recipe", path.parent.name, *(["--variant", config] if config else [])]
     return parse_recipe((stage,), [*chosen, *overrides])
 
 
@@ -80,14 +89,19 @@ def test_the_reports_numbers(path):
         assert recipe.model.language_model == f"Qwen/Qwen2.5-{size}-Instruct"
         assert [source.name for source in recipe.data.sources] == ["HuggingFaceM4/FineVision/sharegpt4v(knowledge)"]
     else:
-        assert (recipe.adapter.lora_r, recipe.adapter.lora_alpha) == (64, 16)
-        assert len(recipe.adapter.lora_target_modules) == 7
+        assert (recipe.model.lora_r, recipe.model.lora_alpha) == (64, 16)
+        assert len(recipe.model.lora_target_modules) == 7
 
 
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_what_the_report_does_not_say_is_marked(path):
     silent = ("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "seed", "bf16", "dtype")
-    lines = {line.split(":")[0]: line for line in path.read_text().splitlines() if ":" in line}
+    lines = {}
+    # What a file states wins over what its base does.
+    for file in reversed(files_behind(path)):
+        for line in file.read_text().splitlines():
+            if ":" in line:
+                lines[line.split(":")[0]] = line
     for name in silent:
         marked = "# report silent" in lines[name] or (path.stem.startswith("stage3") and "# report: " in lines[name])
         assert marked or (path.stem, name) == ("stage3-internvl-chartqa", "lr_scheduler_type"), name
@@ -143,7 +157,7 @@ def test_predicted_memory_knows_the_types_of_frozen_weights():
     }.items():
         recipe = parse(path, *overrides)
         config, _ = planned_config(recipe)
-        sizes = count(config, "2", recipe.adapter)
+        sizes = count(config, "2", recipe.model)
         weights[name] = predicted_memory(recipe, config, sizes, 1, 1024).weights
     frozen = 304_147_456 + 494_032_768
     assert weights["float32"] - weights["bfloat16"] == 2 * frozen

@@ -10,7 +10,7 @@ import pytest
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
 from siq_vl.evaluation.report import select, write_report
-from siq_vl.evaluation.scores import summarize, table3
+from siq_vl.evaluation.summaries import summarize, table3
 from siq_vl.evaluation.tables import comparison_line, type_table
 
 

@@ -17,13 +17,15 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.data.mixture_config import SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation import runner
+from siq_vl.evaluation.generation import Completion, fitting_new_tokens
 from siq_vl.evaluation.held_out import held_out_items
-from siq_vl.evaluation.intervals import mcnemar, paired_bootstrap
 from siq_vl.evaluation.items import items_of
 from siq_vl.evaluation.runner import RunSettings, fault_report, fingerprint, load_any, run, same_questions
+from siq_vl.evaluation.statistics import mcnemar, paired_bootstrap
 
 SHORT = RunSettings(batch_size=4, max_new_tokens=6)
 
@@ -87,6 +89,14 @@ def test_an_interrupted_run_goes_on(items, make_model, processor, tmp_path, monk
     assert not asked
 
 
+def test_the_bound_fits_what_a_checkpoint_was_trained_on(tmp_path):
+    assert fitting_new_tokens(str(tmp_path)) == 1024  # another model, or an older one
+    for max_length, bound in ((77, 77), (None, 1024)):
+        settings = {"stage": "3", "training": {"max_length": max_length}}
+        (tmp_path / "training_settings.json").write_text(json.dumps(settings))
+        assert fitting_new_tokens(str(tmp_path)) == bound
+
+
 def test_another_run_begins_anew(items, make_model, processor, tmp_path):
     path = tmp_path / "model.jsonl"
     first = run(make_model(0), processor, items, path, SHORT, identity={"checkpoint": "a"})
@@ -124,7 +134,7 @@ def test_faults_are_counted_and_named_and_the_run_goes_on(source, make_model, pr
         if any("RAISE" in text for text in texts):
             raise RuntimeError("out of memory")
         return [
-            "" if "EMPTY" in text else made
+            Completion("", cut_off=False) if "EMPTY" in text else made
             for text, made in zip(texts, real(model, processor, texts, images, **options), strict=True)
         ]
 
@@ -268,7 +278,7 @@ def test_two_processes_answer_what_one_does(checkpoint, items, make_model, proce
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert kept.read(tmp_path / "double.jsonl") == single
+    assert kept.read_predictions(tmp_path / "double.jsonl") == single
     assert not list(tmp_path.glob("double.rank*"))
 
 

@@ -10,10 +10,12 @@ from svg import points_in
 from siq_vl.loading import load_checkpoint
 from siq_vl.plots import COLOURS, learning_curve_plot
 from siq_vl.training import checkpoints, run
-from siq_vl.training.recipes import arrange_batches, keep_effective_batch, parse_recipe
+from siq_vl.training.loss import sums_by_sample
+from siq_vl.training.recipes import parse_recipe
+from siq_vl.training.settings import arrange_batches, keep_effective_batch
 from siq_vl.training.starting_model import load_for_stage
 from siq_vl.training.stored_features import times_read
-from siq_vl.training.trainer import SiQVLTrainer, _sums_by_sample
+from siq_vl.training.trainer import SiQVLTrainer
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +93,11 @@ def test_a_finished_stage_says_how_fast_it_was_and_what_came_of_it(recipe):
 
 def test_sums_are_of_each_sample_padded_or_packed():
     losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]])
-    assert _sums_by_sample(losses, None).tolist() == [6, 9]
+    assert sums_by_sample(losses, None).tolist() == [6, 9]
     # Two samples of three and two tokens: the entry before a restart belongs to what is predicted, the next sample.
     packed, positions = torch.tensor([[1.0, 2.0, 0.0, 5.0]]), torch.tensor([[0, 1, 2, 0, 1]])
-    assert _sums_by_sample(packed, positions).tolist() == [3, 5]
-    assert _sums_by_sample(torch.tensor([[1.0, 2.0, 9.0, 5.0]]), positions).tolist() == [3, 14]
+    assert sums_by_sample(packed, positions).tolist() == [3, 5]
+    assert sums_by_sample(torch.tensor([[1.0, 2.0, 9.0, 5.0]]), positions).tolist() == [3, 14]
 
 
 def test_the_loss_of_a_source_is_the_mean_over_its_tokens_since_the_last_time():

@@ -95,3 +95,30 @@ def test_the_ordinary_table_is_kept(evaluate, tmp_path):
 def test_refuses(evaluate, options):
     with pytest.raises(ValueError, match="--shifts (needs pictures whose facts are known|prints a table of its own)"):
         evaluate("--shifts", *options)
+
+
+@pytest.mark.parametrize(("options", "bound"), [([], 1024), (["--max_new_tokens", "7"], 7)])
+@pytest.mark.parametrize("shifts", [[], ["--shifts"]])
+def test_answers_that_were_cut_off_are_counted_apart(evaluate, monkeypatch, tmp_path, options, bound, shifts):
+    def run(model, processor, items, path, settings, *, identity, progress):
+        assert settings.max_new_tokens == bound
+        outputs = ["<think>still at it", items[1].answer, *[item.answer for item in items[2:]]]
+        return [
+            judge(item, output, cut_off=place < 2)
+            for place, (item, output) in enumerate(zip(items, outputs, strict=True))
+        ]
+
+    (tmp_path / "training_settings.json").write_text('{"training": {"max_length": 1024}}')
+    monkeypatch.setattr(evaluate_vqa, "run", run)
+    printed = evaluate(*options, *shifts, "--results", "results.json", *([] if shifts else ["--report", "page.html"]))
+    ways, asked = (len(SHIFTS), 5) if shifts else (1, 7)
+    line = (
+        f"tiny: {2 * ways} of {asked * ways} answers were cut off at {bound} tokens, {ways} of them before an answer, which "
+        f"counts as wrong: pass --max_new_tokens {2 * bound}"
+    )
+    assert line in printed
+    figures = read_results(tmp_path / "results.json")["figures"]
+    assert figures["cut off"] == {"tiny": 2 * ways} and figures["max_new_tokens"] == {"tiny": bound}
+    if not shifts:
+        assert line in (tmp_path / "page.md").read_text() and line in (tmp_path / "page.html").read_text()
+        assert (tmp_path / "page.html").read_text().count("cut off by the bound on new tokens") == 2

@@ -7,15 +7,17 @@ import torch
 from peft import get_peft_model
 
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
-from siq_vl.planning.sizes import count, main, model_config, parse_options, training_memory
-from siq_vl.training.recipes import RECIPES, STAGES, AdapterArguments, ModelArguments, recipe_names
+from siq_vl.planning.sizes import TrainingSetup, count, main, parse_options, training_memory
+from siq_vl.training.arguments import STAGES, ModelArguments
+from siq_vl.training.backbones import model_config
+from siq_vl.training.recipes import RECIPES, recipe_names
 from siq_vl.training.stages import freeze_for_stage
 
 SMALL_LANGUAGE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
 def counted(stage="2", lora_r=64, language_model=SMALL_LANGUAGE_MODEL):
-    return count(model_config(ModelArguments(language_model=language_model)), stage, AdapterArguments(lora_r=lora_r))
+    return count(model_config(ModelArguments(language_model=language_model)), stage, ModelArguments(lora_r=lora_r))
 
 
 def test_the_reports_table():
@@ -72,7 +74,7 @@ def test_options_win_over_the_recipe():
 def kept_by_autograd(config, stage, batch_size, length, bf16, checkpointing) -> int:
     """Bytes that a forward pass leaves for the backward pass, weights and attention masks aside."""
     model = SiQVLForConditionalGeneration(config).train()
-    peft_config = freeze_for_stage(model, stage, AdapterArguments(lora_r=1))
+    peft_config = freeze_for_stage(model, stage, ModelArguments(lora_r=1))
     model = get_peft_model(model, peft_config) if peft_config else model
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -105,8 +107,8 @@ def test_activations_are_what_autograd_keeps(make_config, stage, bf16, checkpoin
     estimated, kept = [], []
     for n_layers in (2, 6):
         config = make_config(text={**shape, "num_hidden_layers": n_layers})
-        sizes = count(config, stage, AdapterArguments(lora_r=1))
-        memory = training_memory(config, sizes, 2, 80, bf16=bf16, checkpointing=checkpointing)
+        sizes = count(config, stage, ModelArguments(lora_r=1))
+        memory = training_memory(config, sizes, 2, 80, TrainingSetup(bf16=bf16, checkpointing=checkpointing))
         estimated.append(memory.activations)
         kept.append(kept_by_autograd(config, stage, 2, 80, bf16, checkpointing))
     assert estimated[1] - estimated[0] == pytest.approx(kept[1] - kept[0], rel=0.05)
@@ -117,10 +119,10 @@ def test_activations_are_what_autograd_keeps(make_config, stage, bf16, checkpoin
 
 def test_optimizer_gradients_and_weights(make_config):
     config = make_config(projector_bias=False)
-    sizes = count(config, "1", AdapterArguments())
-    memory = training_memory(config, sizes, 1, 10)
+    sizes = count(config, "1", ModelArguments())
+    memory = training_memory(config, sizes, 1, 10, TrainingSetup())
     model = SiQVLForConditionalGeneration(config)
-    freeze_for_stage(model, "1", AdapterArguments())
+    freeze_for_stage(model, "1", ModelArguments())
     optimizer = torch.optim.AdamW(weight for weight in model.parameters() if weight.requires_grad)
     model.model.projector(torch.randn(1, 16, 16), 4, 4).sum().backward()
     optimizer.step()
@@ -134,6 +136,6 @@ def test_optimizer_gradients_and_weights(make_config):
 @pytest.mark.parametrize(("batch_size", "length"), [(0, 8), (1, 0)])
 def test_refuses_an_empty_batch(make_config, batch_size, length):
     config = make_config()
-    sizes = count(config, "1", AdapterArguments())
+    sizes = count(config, "1", ModelArguments())
     with pytest.raises(ValueError, match=f"batch size is {batch_size} and length {length}; both must be at least 1"):
-        training_memory(config, sizes, batch_size, length)
+        training_memory(config, sizes, batch_size, length, TrainingSetup())

@@ -14,8 +14,8 @@ from siq_vl.data.figures import dataset, rows
 from siq_vl.data.figures.dataset import FigureSample, content_split, sample
 from siq_vl.data.figures.documents import Receipt
 from siq_vl.data.figures.figure import Question
-from siq_vl.data.mixtures import MixtureConfig, build_mixture
-from siq_vl.data.sources import SourceConfig
+from siq_vl.data.mixture_config import MixtureConfig, SourceConfig
+from siq_vl.data.mixtures import build_mixture
 from siq_vl.evaluation import held_out as evaluated
 from siq_vl.pretraining import captions, gates, text, vision
 from siq_vl.processing_siq_vl import _load_backbone_tokenizer

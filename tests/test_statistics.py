@@ -11,16 +11,15 @@ from scipy import stats
 from svg import points_in
 
 import evaluate_vqa
-from siq_vl.ablation import results as ablations
+from siq_vl.ablation import comparison
 from siq_vl.ablation.arms import Arm, Plan, jobs_of, read_plan
 from siq_vl.evaluation import generation, report, tables
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
-from siq_vl.evaluation.intervals import mcnemar, paired_bootstrap, paired_difference, wilson
 from siq_vl.evaluation.metrics import METRICS
 from siq_vl.evaluation.predictions import Prediction
-from siq_vl.evaluation.scores import before_after, summarize, table3
-from siq_vl.evaluation.seeds import Estimate, ratio_of_totals
+from siq_vl.evaluation.statistics import Estimate, mcnemar, paired_bootstrap, paired_difference, ratio_of_totals, wilson
+from siq_vl.evaluation.summaries import before_after, summarize, table3
 from siq_vl.parsing.answers import is_correct, number_in
 from siq_vl.parsing.arithmetic import false_statements
 from siq_vl.plots import COLOURS, length_plot, running_accuracy_plot
@@ -243,23 +242,25 @@ def test_measures_are_of_scored_ordinary_questions():
     single = [predicted(0, 1.0, stated=4, contradicted=1, rationale="a b"), predicted(1, 0.0, stated=0, rationale="c")]
     several = [predicted(2, 1.0, multi_step=True, stated=1, contradicted=1), predicted(3, 1.0, multi_step=True)]
     left_out = [predicted(4, 0.0, "combinations"), predicted(5, 0.0, "hard"), predicted(6, 1.0, **UNSCORED)]
-    found = ablations.estimates({"answers": [[*single, *several, *left_out]] * 2})
+    found = comparison.estimates({"answers": [[*single, *several, *left_out]] * 2})
     assert (found["accuracy"].value, found["single_step"].value, found["multi_step"].value) == (0.75, 0.5, 1.0)
     assert found["hallucination"].value == 2 / 5 and found["length"].value == 3 / 4
     with pytest.raises(ValueError, match="different questions"):
-        ablations.estimates({"answers": [single, [single[1], several[0]]]})
-    bare = ablations.estimates({"answers": [[predicted(0, 1.0), predicted(1, 0.0), *several]]})
+        comparison.estimates({"answers": [single, [single[1], several[0]]]})
+    bare = comparison.estimates({"answers": [[predicted(0, 1.0), predicted(1, 0.0), *several]]})
     assert bare["direct_single_step"].value == 0.5 and "length" not in bare  # it answers directly however it is asked
 
 
 def test_results_have_both_ends_and_differences_first_minus_second():
     high, low = (ratio_of_totals(np.array([[a, b, a], [a, b, b]])) for a, b in ((1.0, 0.8), (0.5, 0.1)))
-    results = {name: ablations.Result(name, 1, [1.0], {"accuracy": found}) for name, found in (("a", high), ("b", low))}
-    numbers = ablations.numbers(results, [("a", "b")])
+    results = {
+        name: comparison.Result(name, 1, [1.0], {"accuracy": found}) for name, found in (("a", high), ("b", low))
+    }
+    numbers = comparison.numbers(results, [("a", "b")])
     found = numbers["arms"]["a"]["measures"]["accuracy"]
     assert (found["low"], found["high"]) == pytest.approx((high.value - high.half_width, high.value + high.half_width))
     assert numbers["differences"][0]["measures"]["accuracy"]["value"] == high.value - low.value > 0
-    table = ablations.report(results, [("a", "b")])
+    table = comparison.report(results, [("a", "b")])
     assert f"{100 * high.value:.1f} ± {100 * high.half_width:.1f}" in table
     assert f"+{100 * (high.value - low.value):.1f} ± " in table
 
@@ -380,7 +381,7 @@ def test_the_gallery_has_the_longest_and_lengths_of_scored_outputs(tmp_path, mon
 
 def test_outputs_come_in_the_order_of_the_prompts(monkeypatch):
     monkeypatch.setattr(generation, "rendered", lambda processor, prompt, options: prompt)
-    said = lambda model, processor, texts, images, **options: [f"{text}, {len(shown)}" for text, shown in zip(texts, images, strict=True)]  # fmt: skip  # noqa: E731
+    said = lambda model, processor, texts, images, **options: [generation.Completion(f"{text}, {len(shown)}", False) for text, shown in zip(texts, images, strict=True)]  # fmt: skip  # noqa: E731
     monkeypatch.setattr(generation, "complete", said)
     prompts, images = ["cccc", "a", "bbb", "dd", "e"], [[1], [], [1, 1], [1], []]
     made = generation.generate_texts(None, None, prompts, images, batch_size=2)

@@ -52,8 +52,24 @@ def trained(trainer_class, make_model, processor, batch, tmp_path, peft, checkpo
     )
     trainer.model.train()
     seen = []
-    trainer.model.register_forward_hook(lambda module, inputs, outputs: seen.append(dict(outputs)))
-    loss = trainer.compute_loss(trainer.model, dict(batch))
+
+    def model_that_tells(**inputs):
+        outputs = model(**inputs)
+        seen.append(dict(outputs))
+        return outputs
+
+    # What TRL's own `compute_loss` gets to see of the model.
+    compute_loss = SFTTrainer.compute_loss
+    model = trainer.model
+    with pytest.MonkeyPatch.context() as patched:
+
+        def told(self, called, *args):
+            nonlocal model
+            model = called
+            return compute_loss(self, model_that_tells, *args)
+
+        patched.setattr(SFTTrainer, "compute_loss", told)
+        loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
     return loss, seen[0], {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
 

@@ -62,13 +62,27 @@ def test_rows_that_shall_not_think_are_left_alone(shipped, asked):
     model, processor = shipped
     texts = [rendered(processor, prompt, {}) for prompt in asked[0]]
     direct = [rendered(processor, prompt, {"enable_thinking": False}) for prompt in asked[0]]
-    alone = complete(model, processor, direct, asked[1], max_new_tokens=ROOM)
-    mixed = complete(
+    alone = [made.text for made in complete(model, processor, direct, asked[1], max_new_tokens=ROOM)]
+    both = complete(
         model, processor, texts + direct, [*asked[1], *asked[1]], max_new_tokens=ROOM, max_thinking_tokens=4
     )
+    mixed = [made.text for made in both]
     assert mixed[len(texts) :] == alone
     assert not any("<think>" in text for text in alone) and all("</answer>" in text for text in alone)
     assert max(lengths(processor, mixed[: len(texts)])) == 4
+
+
+def test_what_the_bound_ends_is_cut_off(shipped, asked):
+    model, processor = shipped
+    texts = [rendered(processor, prompt, {}) for prompt in asked[0]]
+    inputs = processor(images=asked[1], text=texts, padding=True, padding_side="left", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=ROOM, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    assert processor.tokenizer.pad_token_id != processor.tokenizer.eos_token_id
+    needed = (tokens != processor.tokenizer.pad_token_id).sum(1).tolist()  # with the end of the turn
+    assert len(set(needed)) > 2
+    for bound in (min(needed) - 1, min(needed), max(needed) - 1, max(needed)):
+        made = complete(model, processor, texts, asked[1], max_new_tokens=bound)
+        assert [each.cut_off for each in made] == [length > bound for length in needed]
 
 
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True}, {"cache_implementation": "static"}])
@@ -192,7 +206,7 @@ def test_refuses_what_leaves_no_room(shipped, asked):
         model.generate(**inputs, max_thinking_tokens=4)
     with pytest.raises(ValueError, match="raise max_new_tokens, best to 44"):
         model.generate(**inputs, max_thinking_tokens=4 + 10, tokenizer=processor.tokenizer, max_new_tokens=12)
-    (text,) = complete(
+    (made,) = complete(
         model,
         processor,
         [rendered(processor, asked[0][0], {})],
@@ -200,4 +214,5 @@ def test_refuses_what_leaves_no_room(shipped, asked):
         max_new_tokens=33,
         max_thinking_tokens=99,  # there is room for three
     )
+    text = made.text
     assert is_well_formed(text) and lengths(processor, [text]) == [3]

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from siq_vl.data.figures.rows import training_rows
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
-from siq_vl.training.recipes import AdapterArguments, parse_recipe
+from siq_vl.training.arguments import ModelArguments
+from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import make_trainer, rows_needed, train_and_save
 from siq_vl.training.stages import freeze_for_stage
 from siq_vl.training.starting_model import load_for_stage
@@ -169,7 +170,7 @@ def test_a_crash_while_saving_leaves_no_checkpoint(stages, tmp_path, monkeypatch
 
 def test_overrides_win_over_the_yaml(tmp_path):
     recipe = parse("2", "--lora_r", "8", "--learning_rate", "1e-5", "--output_dir", str(tmp_path))
-    assert (recipe.adapter.lora_r, recipe.training.learning_rate) == (8, 1e-5)
+    assert (recipe.model.lora_r, recipe.training.learning_rate) == (8, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_overrides_win_over_the_yaml(tmp_path):
         (["--stage", "1", "--recipe", "huge"], "recipe is 'huge'; it must be one of .*tiny"),
         (["--stage", "2", "--lora_r", "0"], "lora_r is 0"),
         (["--stage", "2", "--direct_share", "0.1"], "direct_share"),
-        (["--stage", "2", "--config", "quick"], "config is 'quick'; stage 2 of recipe 'tiny' has its default alone"),
+        (["--stage", "2", "--variant", "quick"], "variant is 'quick'; stage 2 of recipe 'tiny' has its default alone"),
     ],
 )
 def test_bad_recipes_are_refused(arguments, message):
@@ -199,4 +200,4 @@ def test_stage_2_without_stage_1_is_refused(tmp_path, monkeypatch):
 
 def test_unknown_stage_freezes_nothing(make_model):
     with pytest.raises(ValueError, match="stage is '9'"):
-        freeze_for_stage(make_model(), "9", AdapterArguments())
+        freeze_for_stage(make_model(), "9", ModelArguments())

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from siq_vl.distill.budget import BudgetLimits
+from siq_vl.distill.options import parse_options
 from siq_vl.distill.pipeline import Run
 from siq_vl.distill.prompts import TEMPLATES, Prompts, families
 from siq_vl.distill.questions import PROMPT_TASKS, TraceQuestion, figure_questions
@@ -205,11 +206,22 @@ def test_rules_do_not_overreach():
     assert rules.judge(unlabelled) == []
 
 
+@pytest.mark.parametrize("old", [["--max_length", "7"], ["--max_length=7"], ["--min_length", "7"]])
+def test_bounds_have_their_old_names_too(old, caplog):
+    """Words here, and tokens where models are trained, had one name."""
+    name = old[0].partition("=")[0]
+    options = parse_options("", old)
+    assert (options.verification.max_words, options.verification.min_words) in ((7, 1), (2048, 7))
+    assert f"{name} is deprecated: it counts words, and is called {name[:6]}words now" in caplog.text
+    caplog.clear()
+    assert parse_options("", ["--max_words", "7"]).verification.max_words == 7 and not caplog.text
+
+
 def test_bad_bounds_are_refused():
     with pytest.raises(ValueError, match="'typo' is no rule; the rules are parse"):
         Verification(skip_rules=["typo"])
     with pytest.raises(ValueError, match="the bounds must rise"):
-        Verification(min_length=5, max_length=4)
+        Verification(min_words=5, max_words=4)
     with pytest.raises(ValueError, match="language is 'klingon'"):
         Verification(language="klingon")
     with pytest.raises(ValueError, match="a budget of money needs prices"):

@@ -10,14 +10,15 @@ import pytest
 import torch
 from conftest import REPO_ROOT
 
-from siq_vl.ablation import jobs
 from siq_vl.data.feature_cache.store import FeatureLayout, FeatureStore, FeatureWriter, _replace
 from siq_vl.distill import traces
 from siq_vl.distill.schema import FEATURES
-from siq_vl.distill.traces import TraceStore, write_text
+from siq_vl.distill.traces import TraceStore
 from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.held_out import held_out_items
+from siq_vl.files import write_text
 from siq_vl.pretraining import loop
+from siq_vl.results import write_results
 from siq_vl.training import checkpoints, resume, trainer
 
 LAYOUT = FeatureLayout(2, 2, 8, "float32")
@@ -57,10 +58,10 @@ def test_files_are_whole_or_as_they_were(tmp_path, killed_before_it_is_in_place)
         (shard,) = store.shards()
         table = pq.read_table(shard)
         writers = {
-            "predictions.jsonl": lambda path, new: kept.write(after if new else before, path),
+            "predictions.jsonl": lambda path, new: kept.write_predictions(after if new else before, path),
             "text.md": lambda path, new: write_text(path, "new" if new else "old"),
             "about.json": lambda path, new: _replace(path, b"new" if new else b"old"),
-            "stamp.json": lambda path, new: jobs._write_whole(path, "new" if new else "old"),
+            "results.json": lambda path, new: write_results(path, {}, {"text": "new" if new else "old"}),
             "shard.parquet": lambda path, new: store.rewrite(path, table if new else table.slice(0, 0)),
         }
         for name, write in writers.items():

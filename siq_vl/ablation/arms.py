@@ -1,7 +1,7 @@
 """The plan of an ablation, read from YAML, and the jobs that it takes."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from zlib import crc32
 
@@ -11,6 +11,8 @@ from siq_vl.ablation.jobs import Job
 
 WEIGHTS = "model.safetensors"
 START = "start"  # what the arm without training is called among seeds
+# Rows of a store, by the rows that a run takes: more than those, so that other seeds draw other questions.
+_SPARE_ROWS = 1.2
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Arm:
 
     Args:
         about: what it is, in a line.
-        train: the training command; None for the starting checkpoint as it is.
+        train: the training command; none for the starting checkpoint as it is.
         steps: its optimizer steps, as a multiple of the plan's.
         ways: the ways in which it is asked, of the plan's `evaluate`.
     """
@@ -28,6 +30,10 @@ class Arm:
     train: str | None = None
     steps: float = 1.0
     ways: tuple[str, ...] = ("answers",)
+
+    @property
+    def is_trained(self) -> bool:
+        return bool(self.train)
 
 
 @dataclass(frozen=True)
@@ -76,18 +82,37 @@ class Plan:
                     raise ValueError(f"compare names {name!r}, which is none of the arms {', '.join(self.arms)}")
 
     def only(self, names: Iterable[str]) -> "Plan":
-        """Return the plan with these arms alone.
+        """Return the plan with these arms alone, and the pairs among them.
 
         Raises:
             ValueError: there is no such arm.
         """
-        names = list(names)
-        for name in names:
+        wanted = list(names)
+        for name in wanted:
             if name not in self.arms:
                 raise ValueError(f"there is no arm {name!r}; the arms are {', '.join(self.arms)}")
-        kept = {name: arm for name, arm in self.arms.items() if name in names}
-        pairs = tuple(pair for pair in self.compare if set(pair) <= set(kept))
-        return Plan(**{**vars(self), "arms": kept, "compare": pairs})
+        arms = {name: arm for name, arm in self.arms.items() if name in wanted}
+        pairs = tuple(pair for pair in self.compare if arms.keys() >= set(pair))
+        return replace(self, arms=arms, compare=pairs)
+
+    def steps_of(self, name: str) -> int:
+        """Return the optimizer steps of a run of an arm; 0 where nothing is trained."""
+        arm = self.arms[name]
+        if not arm.is_trained:
+            return 0
+        return round(self.steps * arm.steps)
+
+    def seeds_of(self, name: str) -> list[str]:
+        """Return what the runs of an arm are called."""
+        if not self.arms[name].is_trained:
+            return [START]
+        return [f"seed{seed}" for seed in range(1, self.seeds + 1)]
+
+    def checkpoints_of(self, name: str, out: Path) -> dict[str, Path]:
+        """Return the folders of an arm's checkpoints, by the names of its runs."""
+        if not self.arms[name].is_trained:
+            return {START: self.start}
+        return {seed: out / name / seed for seed in self.seeds_of(name)}
 
 
 def read_plan(path: Path, **overrides: int | None) -> Plan:
@@ -103,93 +128,119 @@ def read_plan(path: Path, **overrides: int | None) -> Plan:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: pass --plan with a file such as recipes/tiny/ablations.yaml")
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    given |= {name: value for name, value in overrides.items() if value is not None}
-    _check_fields(given, Plan, str(path))
+    for name, value in overrides.items():
+        if value is not None:
+            given[name] = value
+    _check_fields(given, Plan, str(path), required=_names(Plan))
     arms = {}
     for name, settings in given["arms"].items():
-        _check_fields(settings, Arm, f"arm {name!r}", partly=True)
-        arms[name] = Arm(**{**settings, "ways": tuple(settings.get("ways", ("answers",)))})
-    pairs = tuple((first, second) for first, second in given["compare"])
-    return Plan(**{**given, "start": Path(given["start"]), "arms": arms, "compare": pairs})
+        _check_fields(settings, Arm, f"arm {name!r}", required=["about"])
+        # YAML has lists where the fields are tuples.
+        if "ways" in settings:
+            settings["ways"] = tuple(settings["ways"])
+        arms[name] = Arm(**settings)
+    given["arms"] = arms
+    given["start"] = Path(given["start"])
+    given["compare"] = tuple((first, second) for first, second in given["compare"])
+    return Plan(**given)
 
 
-def _check_fields(given: dict, kind: type, where: str, partly: bool = False) -> None:
-    names = [field.name for field in fields(kind)]
+def _names(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _check_fields(given: Mapping, kind: type, where: str, required: Sequence[str]) -> None:
+    names = _names(kind)
     for name in given:
         if name not in names:
             raise ValueError(f"{where} has a field {name!r}; the fields are {', '.join(names)}")
-    missing = [name for name in (("about",) if partly else names) if name not in given]
-    if missing:
-        raise ValueError(f"{where} lacks the field {missing[0]!r}")
-
-
-def seed_names(plan: Plan, arm: Arm) -> list[str]:
-    """Return what the runs of an arm are called."""
-    return [f"seed{seed}" for seed in range(1, plan.seeds + 1)] if arm.train else [START]
-
-
-def checkpoint_of(plan: Plan, name: str, seed: str, out: Path) -> Path:
-    """Return the folder of a run's checkpoint."""
-    return plan.start if seed == START else out / name / seed
+    for name in required:
+        if name not in given:
+            raise ValueError(f"{where} lacks the field {name!r}")
 
 
 def jobs_of(plan: Plan, out: Path) -> list[Job]:
     """Return the jobs of a plan: what prepares it, then arm by arm its runs and its evaluations."""
-    prepared = [
-        Job(f"prepare/{name}", step["run"], Path(step["makes"]) / WEIGHTS, after=_after(step), kind=name, once=True)
-        for name, step in plan.prepare.items()
-    ]
-    ready = tuple(job.name for job in prepared)
+    preparing = _preparing(plan)
+    ready = tuple(job.name for job in preparing)
     stores = _stores(plan, out)
-    jobs = [*prepared, *stores.values()]
+    of_arms: list[Job] = []
     for name, arm in plan.arms.items():
-        runs = _training(plan, name, arm, out, stores, ready) if arm.train else []
-        jobs += [*runs, *_evaluating(plan, name, arm, out, tuple(run.name for run in runs) or ready)]
-    wanted = {name for job in jobs for name in job.after}
-    return [job for job in jobs if job not in stores.values() or job.name in wanted]
+        # The start is asked as soon as it is there; what is trained, when all its runs are.
+        trained = ready
+        if arm.is_trained:
+            runs = _training(plan, name, out, stores, ready)
+            of_arms += runs
+            trained = tuple(run.name for run in runs)
+        of_arms += _evaluating(plan, name, out, trained)
+    # A store that no arm reads need not be made.
+    awaited: set[str] = set()
+    for job in of_arms:
+        awaited.update(job.after)
+    needed = [store for store in stores.values() if store.name in awaited]
+    return [*preparing, *needed, *of_arms]
 
 
-def _after(step: dict[str, str]) -> tuple[str, ...]:
-    return (f"prepare/{step['after']}",) if "after" in step else ()
+def _preparing(plan: Plan) -> list[Job]:
+    """Return the jobs that make the checkpoint that every arm starts from."""
+    jobs = []
+    for name, step in plan.prepare.items():
+        after: tuple[str, ...] = ()
+        if "after" in step:
+            after = (f"prepare/{step['after']}",)
+        weights = Path(step["makes"]) / WEIGHTS
+        jobs.append(Job(f"prepare/{name}", step["run"], weights, after=after, kind=name, once=True))
+    return jobs
 
 
 def _stores(plan: Plan, out: Path) -> dict[str, Job]:
-    """Return the jobs that make the traces; another command makes another folder, so that no store is a mixture."""
-    rows = int(plan.steps * plan.batch * 1.2)  # more than a run takes, so that other seeds draw other questions
-    made = {}
-    for name, command in plan.stores.items():
-        folder = out / "stores" / f"{name}-{crc32(command.encode()):08x}"
-        filled = f"{command.format(rows=rows)} --output {folder}"
-        made[name] = Job(f"stores/{name}", filled, folder / "settings.json", kind="traces")
-    return made
+    """Return by name the jobs that make the traces."""
+    rows = int(plan.steps * plan.batch * _SPARE_ROWS)
+    jobs = {}
+    for name, template in plan.stores.items():
+        # Another command makes another folder, so that no store is a mixture.
+        folder = out / "stores" / f"{name}-{crc32(template.encode()):08x}"
+        command = f"{template.format(rows=rows)} --output {folder}"
+        jobs[name] = Job(f"stores/{name}", command, folder / "settings.json", kind="traces")
+    return jobs
 
 
-def _training(plan: Plan, name: str, arm: Arm, out: Path, stores: dict[str, Job], ready: tuple[str, ...]) -> list[Job]:
-    steps = round(plan.steps * arm.steps)
-    folders = {store: job.makes.parent for store, job in stores.items()}
-    read = [store for store in stores if "{" + store + "}" in arm.train]
+def _training(plan: Plan, name: str, out: Path, stores: Mapping[str, Job], ready: Sequence[str]) -> list[Job]:
+    """Return the runs of an arm, each after `ready` and the stores that its command names."""
+    template = plan.arms[name].train or ""
+    steps = plan.steps_of(name)
+    folders = {}
+    reads = [plan.start / WEIGHTS]
+    after = [*ready]
+    for store, job in stores.items():
+        folders[store] = job.makes.parent
+        if "{" + store + "}" in template:
+            after.append(job.name)
+            # The stamp stands for the store: it changes when the traces are made anew.
+            reads.append(out / "stores" / f"{store}.job.json")
     jobs = []
     for seed in range(1, plan.seeds + 1):
         folder = out / name / f"seed{seed}"
         command = (
-            f"{arm.train.format(seed=seed, steps=steps, **folders)} --model_name_or_path {plan.start} "
+            f"{template.format(seed=seed, steps=steps, **folders)} --model_name_or_path {plan.start} "
             f"--max_steps {steps} --seed {seed} --output_dir {folder}"
         )
-        stamps = tuple(out / "stores" / f"{store}.job.json" for store in read)
-        after = (*ready, *(stores[store].name for store in read))
-        reads = (plan.start / WEIGHTS, *stamps)
-        jobs.append(Job(f"{name}/seed{seed}", command, folder / WEIGHTS, reads, after, "training"))
+        jobs.append(Job(f"{name}/seed{seed}", command, folder / WEIGHTS, tuple(reads), tuple(after), "training"))
     return jobs
 
 
-def _evaluating(plan: Plan, name: str, arm: Arm, out: Path, after: Sequence[str]) -> list[Job]:
-    checkpoints = {seed: checkpoint_of(plan, name, seed, out) for seed in seed_names(plan, arm)}
-    models = " ".join(f"--model {seed}={folder}" for seed, folder in checkpoints.items())
-    weights = tuple(folder / WEIGHTS for folder in checkpoints.values())
+def _evaluating(plan: Plan, name: str, out: Path, after: Sequence[str]) -> list[Job]:
+    """Return a job a way of asking; each asks all runs of the arm, one after the other."""
+    models = ""
+    weights = []
+    for seed, checkpoint in plan.checkpoints_of(name, out).items():
+        models += f" --model {seed}={checkpoint}"
+        weights.append(checkpoint / WEIGHTS)
     jobs = []
-    for way in arm.ways:
+    for way in plan.arms[name].ways:
         folder = out / name / way
-        command = f"{plan.evaluate[way].format(count=plan.count)} {models} --output {folder}"
-        made = folder / f"{list(checkpoints)[-1]}.jsonl"
-        jobs.append(Job(f"{name}/{way}", command, made, weights, tuple(after), f"asking, {way}"))
+        command = f"{plan.evaluate[way].format(count=plan.count)}{models} --output {folder}"
+        # Runs are asked in turn: once the last has its file, all have theirs.
+        answers = folder / f"{plan.seeds_of(name)[-1]}.jsonl"
+        jobs.append(Job(f"{name}/{way}", command, answers, tuple(weights), tuple(after), f"asking, {way}"))
     return jobs

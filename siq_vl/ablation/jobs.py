@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from siq_vl.files import write_text
+
 LAST_LINES = 15
 _POLL_SECONDS = 0.2
 
@@ -41,6 +43,20 @@ class Job:
     after: tuple[str, ...] = ()
     kind: str = ""
     once: bool = False
+
+
+@dataclass(frozen=True)
+class _RunningJob:
+    """A job under way: its process, when it began, and what its stamp will have to agree with."""
+
+    job: Job
+    identity: dict
+    process: subprocess.Popen
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
 
 
 class Jobs:
@@ -74,10 +90,10 @@ class Jobs:
         self.seconds: dict[str, float] = {}
         self.failures: dict[str, str] = {}
         self.waiting: list[str] = []
-        self._todo = list(jobs)
+        self._todo = list(jobs)  # those that wait for others
         self._ready: list[Job] = []
+        self._running: dict[int, _RunningJob] = {}  # by slot
         self._order = {job: place for place, job in enumerate(jobs)}
-        self._running: dict[int, tuple[Job, subprocess.Popen, float]] = {}
         self._by_kind: dict[str, list[float]] = defaultdict(list)
 
     def run(self) -> None:
@@ -85,69 +101,89 @@ class Jobs:
         try:
             self._look()
             while self._ready or self._running:
-                free = [slot for slot in range(self.slots) if slot not in self._running]
-                side_by_side = min(self.slots, len(self._running) + len(self._ready))
-                for slot in free[: len(self._ready)]:
-                    self._start(slot, self._ready.pop(0), side_by_side)
+                self._fill_slots()
                 time.sleep(_POLL_SECONDS)
                 if self._collect():
                     self._look()
         finally:
-            for _, process, _ in self._running.values():
-                process.terminate()
-            for _, process, _ in self._running.values():
-                process.wait()
+            for running in self._running.values():
+                running.process.terminate()
+            for running in self._running.values():
+                running.process.wait()
         self.waiting = [job.name for job in self._todo]
 
     def _look(self) -> None:
         """Move the jobs that wait for nothing any more to those that are ready, or to those that are done already."""
-        while found := [job for job in self._todo if all(name in self.seconds for name in job.after)]:
-            for job in found:
+        moved = True
+        # One that is done already may be what the next one waits for.
+        while moved:
+            moved = False
+            for job in list(self._todo):
+                if not self.seconds.keys() >= set(job.after):
+                    continue
                 self._todo.remove(job)
+                moved = True
                 stamp = self._stamp(job)
-                if job.makes.exists() and (job.once or {**stamp, **_identity(job)} == stamp):
-                    self._note(job, stamp.get("seconds"))
+                if _is_done(job, stamp):
+                    self._note(job, stamp.get("seconds", 0.0))
                 else:
                     self._ready.append(job)
         self._ready.sort(key=self._order.__getitem__)
 
-    def _note(self, job: Job, seconds: float | None) -> None:
-        self.seconds[job.name] = seconds or 0.0
+    def _fill_slots(self) -> None:
+        """Start as many jobs as there are free slots."""
+        side_by_side = min(self.slots, len(self._running) + len(self._ready))
+        for slot in range(self.slots):
+            if self._ready and slot not in self._running:
+                self._start(slot, self._ready.pop(0), side_by_side)
+
+    def _note(self, job: Job, seconds: float) -> None:
+        """Count a job as done; one without a time says nothing of how long its kind takes."""
+        self.seconds[job.name] = seconds
         if seconds:
             self._by_kind[job.kind].append(seconds)
 
-    def _beside(self, job: Job, ending: str) -> Path:
-        return self.logs / f"{job.name}{ending}"
+    def _log_of(self, job: Job) -> Path:
+        return self.logs / f"{job.name}.log"
+
+    def _stamp_of(self, job: Job) -> Path:
+        return self.logs / f"{job.name}.job.json"
 
     def _stamp(self, job: Job) -> dict:
-        path = self._beside(job, ".job.json")
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path = self._stamp_of(job)
+        if not path.exists():
+            return {}
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def _start(self, slot: int, job: Job, side_by_side: int) -> None:
+        identity = _identity(job)  # of what it reads now, whatever becomes of that in the meantime
         threads = max(1, (os.cpu_count() or 1) // side_by_side)
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        path = self._beside(job, ".log")
+        path = self._log_of(job)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._beside(job, ".job.json").unlink(missing_ok=True)  # from here on it is half done
+        self._stamp_of(job).unlink(missing_ok=True)  # from here on it is half done
         with open(path, "w", encoding="utf-8") as log:
             print(f"$ python {job.command}", file=log, flush=True)
-            arguments = [sys.executable, *shlex.split(job.command)]
             process = subprocess.Popen(
-                arguments, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, *shlex.split(job.command)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
-        self._running[slot] = (job, process, time.monotonic())
+        self._running[slot] = _RunningJob(job, identity, process, time.monotonic())
 
     def _collect(self) -> bool:
         """Note what has ended; return whether anything has."""
-        ended = [(slot, *entry) for slot, entry in self._running.items() if entry[1].poll() is not None]
-        for slot, job, process, started in ended:
-            del self._running[slot]
-            seconds = round(time.monotonic() - started, 1)
+        ended = [slot for slot, running in self._running.items() if running.process.poll() is not None]
+        for slot in ended:
+            running = self._running.pop(slot)
+            job, process, seconds = running.job, running.process, round(running.seconds, 1)
             if process.returncode == 0 and job.makes.exists():
-                stamp = json.dumps({**_identity(job), "seconds": seconds}, indent=1)
-                _write_whole(self._beside(job, ".job.json"), stamp)
+                stamp = {**running.identity, "seconds": seconds}
+                write_text(self._stamp_of(job), json.dumps(stamp, indent=1))
                 self._note(job, seconds)
                 self.tell(f"{job.name}: {seconds:.0f} s{self._left()}")
             else:
@@ -156,43 +192,55 @@ class Jobs:
         return bool(ended)
 
     def _last_lines(self, job: Job, status: int) -> str:
-        path = self._beside(job, ".log")
+        path = self._log_of(job)
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-        ended = f"exit status {status}" if status else f"it made no {job.makes}"
-        return "\n".join(f"    {line}" for line in (*lines, f"{ended}; the whole log is {path}"))
+        reason = f"exit status {status}"
+        if status == 0:
+            reason = f"it made no {job.makes}"
+        lines.append(f"{reason}; the whole log is {path}")
+        return "\n".join(f"    {line}" for line in lines)
 
     def _left(self) -> str:
         """Say what is left, and for about how long: from the mean seconds of the jobs of each kind that are done."""
-        running = [(job, time.monotonic() - started) for job, _, started in self._running.values()]
-        left = [*((job, 0.0) for job in (*self._todo, *self._ready) if not self._kept_back(job)), *running]
+        left = []  # jobs, and how long each has run so far
+        for job in (*self._todo, *self._ready):
+            if not self._is_kept_back(job):
+                left.append((job, 0.0))
+        for running in self._running.values():
+            left.append((running.job, running.seconds))
         if not left:
             return ""
-        if any(job.kind not in self._by_kind for job, _ in left):
-            return f"; {len(left)} left"
-        means = {kind: sum(seconds) / len(seconds) for kind, seconds in self._by_kind.items()}
-        seconds = sum(max(0.0, means[job.kind] - spent) for job, spent in left)
+        seconds = 0.0
+        for job, spent in left:
+            known = self._by_kind.get(job.kind)
+            # A kind of which nothing is done yet may take any time.
+            if not known:
+                return f"; {len(left)} left"
+            seconds += max(0.0, sum(known) / len(known) - spent)
         return f"; {len(left)} left, about {seconds / self.slots / 60:.0f} min"
 
-    def _kept_back(self, job: Job) -> bool:
+    def _is_kept_back(self, job: Job) -> bool:
         """Tell whether a job waits, directly or not, for one that failed."""
-        todo = {other.name: other for other in self._todo}
-        return any(name in self.failures or (name in todo and self._kept_back(todo[name])) for name in job.after)
+        if any(name in self.failures for name in job.after):
+            return True
+        return any(self._is_kept_back(other) for other in self._todo if other.name in job.after)
+
+
+def _is_done(job: Job, stamp: dict) -> bool:
+    """Tell whether what a job makes is there, and made by the same command from the same contents."""
+    if not job.makes.exists():
+        return False
+    if job.once:
+        return True
+    return stamp == {**stamp, **_identity(job)}
 
 
 def _identity(job: Job) -> dict:
     """Return what a stamp has to agree with: the command, and checksums of what it reads."""
+    checksums = {}
     for path in job.reads:
         if not path.exists():
             raise ValueError(f"job {job.name!r} reads {path}, which does not exist: make it first")
-    return {"command": job.command, "reads": {str(path): _checksum(path) for path in job.reads}}
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        with open(path, "rb") as file:
+            checksums[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"command": job.command, "reads": checksums}

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from siq_vl.data.fields import Dropped, as_list, as_object, bad_row, kind
-from siq_vl.processing_siq_vl import SPECIAL_TOKENS
 
 IMAGE_MARKER = "<image>"
 ROLES = ("system", "user", "assistant")
@@ -150,6 +149,9 @@ def check(conversation: Conversation) -> None:
         Dropped: no assistant turn, an empty question or answer, an unknown role, placeholders that do not fit the
             pictures, or text that spells out a special token of the chat template.
     """
+    # The processor brings torch and transformers, which the options of a source do not need.
+    from siq_vl.processing_siq_vl import SPECIAL_TOKENS
+
     messages = conversation.messages
     if not messages or messages[-1]["role"] != "assistant":
         raise Dropped("no answer", "the last turn is not the assistant's", defect=True)

@@ -4,64 +4,12 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from siq_vl.data.adapters import RATINGS
 from siq_vl.data.conversations import Conversation, Dropped
 from siq_vl.data.fields import as_list, as_number
-
-# How assistants begin when they refuse. Looked for, in lower case, in the first sentence of an answer.
-REFUSALS = (
-    "i'm sorry, but",
-    "i am sorry, but",
-    "i cannot assist",
-    "i can't assist",
-    "i'm unable to",
-    "i am unable to",
-    "i cannot see",
-    "i can't see",
-    "i cannot view",
-    "i can't view",
-    "as an ai",
-    "as a language model",
-    "no image was provided",
-    "there is no image",
-)
-
-
-@dataclass
-class FilterConfig:
-    """What to leave out of a source. Nothing is left out by default."""
-
-    min_ratings: dict[str, int] = field(
-        default_factory=dict, metadata={"help": f"Least rating, 1 to 5, of each kept turn: {', '.join(RATINGS)}."}
-    )
-    drop_refusals: bool = field(default=False, metadata={"help": "Leave out rows in which the assistant refuses."})
-    refusal_phrases: list[str] = field(default_factory=lambda: list(REFUSALS), metadata={"help": "Marks of a refusal."})
-    min_answer_characters: int = field(default=0, metadata={"help": "Least length of every answer."})
-    max_answer_characters: int | None = field(default=None, metadata={"help": "Greatest length of every answer."})
-    max_question_characters: int | None = field(default=None, metadata={"help": "Greatest length of every question."})
-    max_turns: int | None = field(default=None, metadata={"help": "Greatest number of answers in a row."})
-    drop_duplicate_images: bool = field(default=False, metadata={"help": "Use each picture (or set of them) once."})
-    drop_duplicate_questions: bool = field(
-        default=False, metadata={"help": "Use the same questions about the same pictures once."}
-    )
-    min_image_text_score: float | None = field(
-        default=None, metadata={"help": "Least SigLIP similarity, -1 to 1, of a row's first picture and its answer."}
-    )
-
-    def __post_init__(self) -> None:
-        for name, least in self.min_ratings.items():
-            if name not in RATINGS or not 1 <= least <= 5:
-                raise ValueError(f"min_ratings has {name}: {least}; it takes {', '.join(RATINGS)}, each from 1 to 5")
-        if self.max_answer_characters is not None and self.max_answer_characters < self.min_answer_characters:
-            raise ValueError(
-                f"max_answer_characters is {self.max_answer_characters}, below min_answer_characters "
-                f"{self.min_answer_characters}: no answer has both"
-            )
-        if self.min_image_text_score is not None and not -1 <= self.min_image_text_score <= 1:
-            raise ValueError(f"min_image_text_score is {self.min_image_text_score}; a similarity lies between -1 and 1")
+from siq_vl.data.mixture_config import FilterConfig
 
 
 def filtered(conversation: Conversation, config: FilterConfig) -> Conversation:

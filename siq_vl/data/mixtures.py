@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -18,54 +18,16 @@ from siq_vl.data.feature_cache.pictures import Pictures, RowTransform, as_column
 from siq_vl.data.figures import rows as figures
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.filters import Duplicates
+from siq_vl.data.mixture_config import FIGURES, MixtureConfig, SourceConfig
 from siq_vl.data.preprocessing import DropLog, Preprocessor, Scorer
 from siq_vl.data.scoring import SiglipScorer
-from siq_vl.data.sources import FIGURES, Source, SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 logger = logging.getLogger(__name__)
 
 _NO_END = "drawn figures have no end: set max_steps, train_samples, or max_samples of this source"
 _NO_BOUND = 2**40  # drawn figures before a stream begins anew: more than any run takes
-
-
-@dataclass
-class MixtureConfig:
-    """What is trained on."""
-
-    sources: list[SourceConfig] = field(
-        default_factory=lambda: [SourceConfig(FIGURES)],
-        metadata={"help": "Sources of the mixture: in a recipe, a list of mappings; here, paths or Hub ids."},
-    )
-    train_samples: int = field(
-        default=0, metadata={"help": "Rows of the mixture; 0: as many as the steps take, or every row once an epoch."}
-    )
-    data_seed_offset: int = field(default=0, metadata={"help": "Stream of samples; each stage has its own."})
-    blind: bool = field(default=False, metadata={"help": "Withhold every picture: the blind baseline."})
-    max_bad_share: float = field(
-        default=0.05, metadata={"help": "Stop when more than this share of the rows read from a source is broken."}
-    )
-    max_image_side: int = field(
-        default=4096, metadata={"help": "Pictures with a longer side are scaled down to it while they are read."}
-    )
-    score_model: str | None = field(
-        default=None, metadata={"help": "SigLIP checkpoint for min_image_text_score; the vision tower's by default."}
-    )
-
-    def __post_init__(self) -> None:
-        for place, source in enumerate(self.sources):
-            if isinstance(source, Mapping):  # as a recipe gives it
-                self.sources[place] = SourceConfig(**source)
-        if not self.sources:
-            raise ValueError("sources is empty; name at least one, for instance `path: figures`")
-        # A source without a weight would have no share beside weighted ones.
-        weighted = [each.path for each in self.sources if each.weight is not None]
-        if weighted and len(weighted) < len(self.sources):
-            raise ValueError(f"weight is set for {', '.join(weighted)} alone; set it for every source or for none")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is {self.max_bad_share}; it must lie between 0 and 1")
-        if self.max_image_side < 1:
-            raise ValueError(f"max_image_side is {self.max_image_side}; it must be at least 1 pixel")
 
 
 @dataclass
@@ -143,7 +105,7 @@ def build_mixture(
     processor: SiQVLProcessor | None = None,
     max_length: int | None = None,
     drop_log: Path | None = None,
-    base: Path | None = None,
+    places: Sequence[Path] = (),
     vision_tower: str | None = None,
     scorer: Scorer | None = None,
     readers: int = 1,
@@ -161,7 +123,7 @@ def build_mixture(
         processor: counts tokens, for `max_length`.
         max_length: longest row in tokens; longer ones are left out.
         drop_log: file that names each row left out.
-        base: folder for relative paths, beside the working folder.
+        places: folders for relative paths, beside the working folder.
         vision_tower: checkpoint that scores pictures and texts where `config.score_model` is not set.
         scorer: scores them in place of a checkpoint.
         readers: loader processes of all training processes together, among which streams are dealt out.
@@ -183,7 +145,7 @@ def build_mixture(
             raise ValueError("min_image_text_score needs a SigLIP checkpoint with both towers: set score_model")
         scorer = SiglipScorer.from_pretrained(checkpoint)
     preprocessor = Preprocessor(drops, processor, max_length, config.max_image_side, scorer, config.blind)
-    mixed = MixedRows(_opened(config, task, base, preprocessor), config, drops)
+    mixed = MixedRows(_opened(config, task, places, preprocessor), config, drops)
     streams = any(source.streaming for source in config.sources)
     mixture = mixed.stream(readers) if streams else mixed.stored(count)
     logger.info("training rows\n%s", mixture.report.table())
@@ -197,7 +159,9 @@ def _bounded(count: int | None, config: SourceConfig) -> int:
     return least
 
 
-def _opened(config: MixtureConfig, task: str, base: Path | None, preprocessor: Preprocessor) -> "list[MixtureSource]":
+def _opened(
+    config: MixtureConfig, task: str, places: Sequence[Path], preprocessor: Preprocessor
+) -> "list[MixtureSource]":
     """Open every source, and take note of the files that cannot be read."""
     sources: list[MixtureSource] = []
     times_named: Counter[str] = Counter()
@@ -205,7 +169,7 @@ def _opened(config: MixtureConfig, task: str, base: Path | None, preprocessor: P
         if each.path == FIGURES:
             sources.append(DrawnFigures(each, task, config.data_seed_offset, config.blind))
             continue
-        source = Source(each, base)
+        source = Source(each, places)
         # Sources of one name are numbered, so that their counts stay apart.
         times_named[source.name] += 1
         if times_named[source.name] > 1:

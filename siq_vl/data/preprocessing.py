@@ -19,9 +19,10 @@ from siq_vl.data.feature_cache.pictures import Pictures
 from siq_vl.data.fields import Unreadable, kind
 from siq_vl.data.filters import Duplicates, filtered
 from siq_vl.data.images import decode_image, find_under, read_encoded
+from siq_vl.data.mixture_config import SourceConfig
 from siq_vl.data.remote import download_image, is_remote
 from siq_vl.data.scoring import BATCH_SIZE, scored_text
-from siq_vl.data.sources import Source, SourceConfig
+from siq_vl.data.sources import Source
 from siq_vl.processing_siq_vl import SiQVLProcessor, to_rgb
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -21,12 +20,11 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from siq_vl.data.adapters import FORMATS, captions, recognise
 from siq_vl.data.conversations import Conversation, well_formed
 from siq_vl.data.fields import Unreadable, bad_row, kind, parse_row, plain_rows
-from siq_vl.data.filters import FilterConfig
 from siq_vl.data.images import find_under
+from siq_vl.data.mixture_config import SourceConfig
 
 logger = logging.getLogger(__name__)
 
-FIGURES = "figures"
 COCOQA_FILES = {"question": "questions.txt", "answer": "answers.txt", "img_id": "img_ids.txt"}
 # The names that annotation files give to a split; OCR-VQA numbers them.
 _SPLIT_NAMES = {"train": ("train", 1), "validation": ("validation", "val", 2), "val": ("val", "validation", 2)}
@@ -41,62 +39,26 @@ _UNEXPECTED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticErr
 _SHUFFLE_BUFFER = 500  # rows of a stream that wait, pictures encoded, to be drawn at random
 
 
-@dataclass
-class SourceConfig:
-    """One source of a mixture; in a recipe, one mapping of the list `sources`."""
-
-    path: str = field(metadata={"help": "Hub id, local file or folder, or 'figures', the drawn data set."})
-    format: str | None = field(default=None, metadata={"help": f"One of {', '.join(FORMATS)}; told by the columns."})
-    subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set, or a sub-folder."})
-    data_files: str | None = field(default=None, metadata={"help": "File of a Hub data set, where it has several."})
-    split: str = field(default="train", metadata={"help": "Split to read."})
-    weight: float | None = field(default=None, metadata={"help": "Share of the mixture, set for all sources or none."})
-    max_samples: int | None = field(default=None, metadata={"help": "Rows to use at most, drawn at random."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows while training, with nothing read before."})
-    image_folder: str | None = field(
-        default=None, metadata={"help": "Where named pictures lie, if not beside the rows."}
-    )
-    allow_remote_images: bool = field(default=False, metadata={"help": "Fetch pictures that are given as addresses."})
-    instruction: str | None = field(default=None, metadata={"help": "Added to every question; for captions, asks."})
-    filters: FilterConfig = field(default_factory=FilterConfig, metadata={"help": "What to leave out."})
-
-    def __post_init__(self) -> None:
-        if isinstance(self.filters, Mapping):
-            self.filters = FilterConfig(**self.filters)
-        if self.format is not None and self.format not in FORMATS:
-            raise ValueError(f"format is {self.format!r}; it must be one of {', '.join(FORMATS)}")
-        if self.weight is not None and self.weight <= 0:
-            raise ValueError(f"weight of {self.path} is {self.weight}; it must be above 0, or leave the source out")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples of {self.path} is {self.max_samples}; it must be at least 1")
-
-    @property
-    def name(self) -> str:
-        """What logs, counts and the model card call the source; never an absolute path."""
-        path = Path(self.path).resolve().name if Path(self.path).exists() else self.path
-        return path if self.subset is None else f"{path}/{self.subset}"
-
-
 class Source:
     """Rows of one source, each made a conversation when it is read.
 
     Args:
-        config: what to read. Relative paths are looked for in the working folder and below `base`.
-        base: another folder for relative paths.
+        config: what to read. Relative paths are looked for in the working folder, then in `places`.
+        places: other folders for relative paths.
 
     Raises:
         ValueError: there is no such source, or its columns fit no known format.
     """
 
-    def __init__(self, config: SourceConfig, base: Path | None = None):
+    def __init__(self, config: SourceConfig, places: Sequence[Path] = ()):
         self.config = config
         self.name, self.split, self.instruction = config.name, config.split, config.instruction
-        self.path = next((path for path in _candidates(config.path, base) if path.exists()), None)
+        self.path = next((path for path in _candidates(config.path, places) if path.exists()), None)
         # A Hub id has one slash at most; what looks like a path is not asked of the network.
         looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
         if self.path is None and looks_local:
             raise ValueError(f"there is no source {config.path}: pass a file, a folder, a Hub id or 'figures'")
-        self.roots = self._roots(base)
+        self.roots = self._roots(places)
         self.json = False  # whether rows are lines of JSON, which may differ in their types
         self.damaged: dict[str, str] = {}  # files that cannot be read, and why
         self.rows = self._open()
@@ -108,11 +70,11 @@ class Source:
         if self.adapter is captions and config.instruction is None:
             raise ValueError("a source of captions asks no question: set `instruction` of this source in the recipe")
 
-    def _roots(self, base: Path | None) -> list[Path]:
+    def _roots(self, places: Sequence[Path]) -> list[Path]:
         """Return the folders that named pictures must lie in."""
         given = self.config.image_folder
         if given is not None:
-            for folder in _candidates(given, base):
+            for folder in _candidates(given, places):
                 if folder.is_dir():
                     return [folder]
             raise ValueError(f"image_folder {given} of {self.name} is not a folder: pass where its pictures lie")
@@ -359,11 +321,9 @@ class Source:
         return names[0]
 
 
-def _candidates(path: str, base: Path | None) -> list[Path]:
-    """Return where a path may lie: in the working folder, then below `base`."""
-    if base is None:
-        return [Path(path)]
-    return [Path(path), base / path]
+def _candidates(path: str, places: Sequence[Path]) -> list[Path]:
+    """Return where a path may lie: in the working folder, then in each of the places."""
+    return [Path(path), *(place / path for place in places)]
 
 
 class _Joined:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from siq_vl.distill.traces import write_text
 from siq_vl.distill.yields import sealed_traces, store_yield, tables
+from siq_vl.files import write_text
 
 _CARD = """\
 ---

@@ -1,6 +1,8 @@
 """The command line of `generate_traces.py`: dataclasses whose fields are its options, and what is built from them."""
 
 import json
+import logging
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,9 +27,13 @@ from siq_vl.distill.teachers.oracle import FiguresTeacher
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher
 from siq_vl.distill.verification import Verification
 
+logger = logging.getLogger(__name__)
+
 TEACHERS = ("figures", "transformers", "openai")
 DEFAULT_MAX_NEW_TOKENS = 1024
 _DRAWN_COUNT = 300
+# Options by their old names, which mean tokens where models are trained.
+_RENAMED = {"--min_length": "--min_words", "--max_length": "--max_words"}
 
 
 @dataclass
@@ -212,6 +218,10 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
         StoreArguments, QuestionArguments, TeacherArguments, ServerSettings, BudgetLimits, Verification, Selection,
     )  # fmt: skip
     parser = HfArgumentParser(parts, description=description, formatter_class=RawDescriptionHelpFormatter)
+    for given in sys.argv[1:] if argv is None else argv:
+        old = given.partition("=")[0]
+        if old in _RENAMED:
+            logger.warning("%s is deprecated: it counts words, and is called %s now", old, _RENAMED[old])
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

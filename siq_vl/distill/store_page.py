@@ -7,9 +7,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from siq_vl.distill.questions import EncodedPicture
-from siq_vl.distill.traces import write_text
 from siq_vl.distill.yields import LENGTH_BINS, store_yield, tables
 from siq_vl.evaluation.tables import table_cells
+from siq_vl.files import write_text
 from siq_vl.html import image_data_url, render
 from siq_vl.plots import histogram_plot, inline
 

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image, List, Value, load_dataset
 
 from siq_vl.distill.schema import FEATURES, TokensSpent, TraceRow
+from siq_vl.files import write_text
 from siq_vl.locks import Lock
 
 logger = logging.getLogger(__name__)
@@ -412,13 +413,6 @@ def to_table(rows: Sequence[Mapping]) -> pa.Table:
     for name in _SCHEMA.names:
         columns[name] = [row[name] for row in rows]
     return pa.Table.from_pydict(columns, schema=_SCHEMA)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, all or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_traces(

@@ -129,7 +129,7 @@ def _contradicts(trace: RuleInput, rules: "Verification") -> bool:
 
 def _wrong_length(trace: RuleInput, rules: "Verification") -> bool:
     # A missing rationale is a matter of the rule `parse`.
-    return bool(trace.parsed.rationale) and not rules.min_length <= trace.tokens <= rules.max_length
+    return bool(trace.parsed.rationale) and not rules.min_words <= trace.tokens <= rules.max_words
 
 
 def _other_language(trace: RuleInput, rules: "Verification") -> bool:
@@ -175,13 +175,11 @@ class Verification:
             "help": "how answers are compared with gold ones: as words, numbers by value, or numbers within 5%%",
         },
     )
-    min_length: int = field(default=1, metadata={"help": "of a rationale, in words, numbers and punctuation marks"})
-    max_length: int = field(
-        default=2048,
-        metadata={
-            "help": "of a rationale, in words, numbers and punctuation marks; not, as when training, in a model's tokens"
-        },
+    min_words: int = field(
+        default=1,
+        metadata={"aliases": ["--min_length"], "help": "of a rationale; numbers and punctuation marks count as words"},
     )
+    max_words: int = field(default=2048, metadata={"aliases": ["--max_length"], "help": "of a rationale, likewise"})
     language: str = field(default="en", metadata={"help": "code of the rationales' language; '' for any"})
 
     def __post_init__(self) -> None:
@@ -190,10 +188,8 @@ class Verification:
                 raise ValueError(f"{rule!r} is no rule; the rules are {', '.join(RULES)}")
         if self.match not in MATCHES:
             raise ValueError(f"match is {self.match!r}; it must be one of {', '.join(MATCHES)}")
-        if not 0 <= self.min_length <= self.max_length:
-            raise ValueError(
-                f"rationales of {self.min_length} to {self.max_length} tokens: the bounds must rise from 0"
-            )
+        if not 0 <= self.min_words <= self.max_words:
+            raise ValueError(f"rationales of {self.min_words} to {self.max_words} words: the bounds must rise from 0")
         if self.language and self.language not in languages():
             raise ValueError(f"language is {self.language!r}; it must be a code such as en, or empty for any")
 
@@ -202,8 +198,8 @@ class Verification:
         return {
             "skip": sorted(self.skip_rules),
             "match": self.match,
-            "min_tokens": self.min_length,
-            "max_tokens": self.max_length,
+            "min_tokens": self.min_words,
+            "max_tokens": self.max_words,
             "language": self.language,
         }
 

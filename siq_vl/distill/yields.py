@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from siq_vl.distill.selection import SELECTION_RULES
 from siq_vl.distill.verification import RULES, TEACHER_ERROR
-from siq_vl.evaluation.intervals import wilson
+from siq_vl.evaluation.statistics import wilson
 from siq_vl.evaluation.tables import markdown
 from siq_vl.parsing.answers import agrees
 

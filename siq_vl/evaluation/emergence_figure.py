@@ -52,8 +52,9 @@ def main() -> None:
     options = parser.parse_args()
     runs = {}
     for given in options.runs:
-        name, named, folder = given.rpartition("=")
-        name = name if named else Path(folder).resolve().name
+        name, _, folder = given.rpartition("=")
+        if not name:
+            name = Path(folder).resolve().name
         if name in runs:
             raise ValueError(f"{name!r} is the name of two runs: tell them apart as NAME=FOLDER")
         runs[name] = read_emergence(Path(folder))

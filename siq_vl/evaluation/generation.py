@@ -1,14 +1,53 @@
 """Batched greedy generation with any image-text-to-text model."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel, ProcessorMixin
+from transformers.utils import cached_file
 
 from siq_vl.generation_siq_vl import ThinkingBudgetLogitsProcessor
+
+# Room for a rationale and an answer, where nothing is known of a model's own.
+GENEROUS_NEW_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model put out.
+
+    Args:
+        text: the output, special tokens left out.
+        cut_off: whether the bound on new tokens ended it, and not the model.
+    """
+
+    text: str
+    cut_off: bool
+
+
+def fitting_new_tokens(checkpoint: str) -> int:
+    """Return a bound on new tokens that cuts off nothing that a checkpoint was taught to put out.
+
+    No row that it was trained on was longer than the `max_length` of its `training_settings.json`, its picture and its
+    question included. Other models get `GENEROUS_NEW_TOKENS`.
+
+    Args:
+        checkpoint: a folder, or an id on the Hub.
+    """
+    try:
+        file = cached_file(checkpoint, "training_settings.json")
+    except OSError:  # it has none
+        file = None
+    if file is None:
+        return GENEROUS_NEW_TOKENS
+    settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    return settings.get("training", {}).get("max_length") or GENEROUS_NEW_TOKENS
 
 
 def generate_texts(
@@ -48,8 +87,8 @@ def generate_texts(
             max_new_tokens=max_new_tokens,
             max_thinking_tokens=max_thinking_tokens,
         )
-        for index, text in zip(batch, made, strict=True):
-            completions[index] = text
+        for index, completion in zip(batch, made, strict=True):
+            completions[index] = completion.text
     return completions
 
 
@@ -60,8 +99,10 @@ def rendered(processor: ProcessorMixin, prompt: Sequence[Mapping], options: Mapp
 
 def batches_by_length(texts: Sequence[str], images: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Yield the places of rows that are generated together: like in number of images, then in length, shortest first."""
+    # A batch is padded to its longest row, and pictures cost more tokens than words.
     order = sorted(range(len(texts)), key=lambda place: (images[place], len(texts[place]), place))
-    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def complete(
@@ -72,7 +113,7 @@ def complete(
     *,
     max_new_tokens: int,
     max_thinking_tokens: int | None = None,
-) -> list[str]:
+) -> list[Completion]:
     """Return the greedy completions of rendered texts, one batch, padded on the left.
 
     Args:
@@ -94,11 +135,18 @@ def complete(
         add_special_tokens=start is not None and not texts[0].startswith(start),
         return_tensors="pt",
     ).to(model.device, model.dtype)
+    # Padding is on the left, so that all outputs begin at one place.
     length = inputs["input_ids"].shape[1]
     bounds = LogitsProcessorList()
     if max_thinking_tokens is not None:  # any model's generate takes it in this form
         budget = ThinkingBudgetLogitsProcessor(processor.tokenizer, max_thinking_tokens)
         bounds.append(budget.start(length, length + max_new_tokens, model.generation_config.eos_token_id))
-    with torch.inference_mode():
+    with torch.no_grad():  # under FSDP2 and ZeRO-3 the weights gathered here are trained on later
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=bounds)
-    return processor.batch_decode(output[:, length:], skip_special_tokens=True)
+    new_tokens = output[:, length:]
+    # A model that ends its turn writes an end token, after which there is only padding.
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, device=new_tokens.device).flatten()
+    ended = torch.isin(new_tokens, ends).any(dim=1).tolist()
+    texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
+    return [Completion(text, cut_off=not end) for text, end in zip(texts, ended, strict=True)]

@@ -34,7 +34,7 @@ class Item:
         golds: every answer that counts as right, in the annotators' order; none where it is missing.
         messages: the conversation, up to and with the question.
         images: its pictures, as their source stores them.
-        metric: how an answer is compared with the gold ones, see `marking.METRICS`.
+        metric: how an answer is compared with the gold ones, see `predictions.ANSWER_METRICS`.
         choices: the texts of a multiple choice.
         caption: every fact of the picture, where they are known.
         reasoning: a reference rationale, where there is one.
@@ -76,17 +76,19 @@ class Item:
         Raises:
             Dropped: one of them is missing or damaged.
         """
-        if self.source is None:
+        if self.source is None:  # they are at hand, as drawn ones are
             return [_decoded(image, self.id) for image in self.images]
+        # As training reads them; a picture that cannot be read is the caller's to count, so any share may be bad.
         preprocessor = Preprocessor(DropLog(1.0))
         return [preprocessor.image(image, self.source) for image in self.images]
 
     def prompt(self, blind: bool = False) -> list[dict]:
         """Return the conversation to complete, on request with every picture withheld."""
-        return [
-            {**turn, "content": [part for part in turn["content"] if not (blind and part["type"] == "image")]}
-            for turn in self.messages
-        ]
+        turns = []
+        for turn in self.messages:
+            content = [part for part in turn["content"] if not (blind and part["type"] == "image")]
+            turns.append({**turn, "content": content})
+        return turns
 
 
 def _decoded(image: Any, name: str) -> Image.Image:
@@ -113,17 +115,22 @@ def items_of(source: Source, count: int | None = None, *, metric: str | None = N
     if source.streaming:
         rows = islice(source.stored(), count)
     else:
-        rows = (source[number] for number in range(min(len(source), count or len(source))))
-    return [item for number, row in enumerate(rows) for item in _items(source, number, row, metric)]
+        # One after the other: a table of pictures is not read into memory as a whole.
+        rows = map(source.__getitem__, range(min(len(source), count or len(source))))
+    items = []
+    for number, row in enumerate(rows):
+        items += _items(source, number, row, metric)
+    return items
 
 
 def _items(source: Source, number: int, row: Mapping | None, metric: str | None) -> list[Item]:
+    """Return the questions of one row; one item with a fault where it has none that can be asked."""
     name = f"{source.name}/{number}"
-    labels = row if isinstance(row, Mapping) else {}
+    columns = row if isinstance(row, Mapping) else {}
     common: dict[str, Any] = {
         "group": source.split,
-        "domain": _label(labels, _DOMAIN_COLUMNS) or source.name,
-        "type": _label(labels, _TYPE_COLUMNS) or "any",
+        "domain": _label(columns, _DOMAIN_COLUMNS) or source.name,
+        "type": _label(columns, _TYPE_COLUMNS) or "any",
         "multi_step": False,
     }
     try:
@@ -131,39 +138,54 @@ def _items(source: Source, number: int, row: Mapping | None, metric: str | None)
     except Dropped as dropped:
         return [Item(id=name, question="", golds=(), fault=str(dropped), **common)]
     turns = conversation.messages
-    places = [place for place in range(1, len(turns)) if turns[place]["role"] == "assistant"]
+    answer_places = [place for place in range(1, len(turns)) if turns[place]["role"] == "assistant"]
+    if not answer_places:
+        return [Item(id=name, question="", golds=(), fault="no answer: no assistant turn", **common)]
+    choices = tuple(map(str, as_items(columns.get("choices"))))
     items = []
-    for order, place in enumerate(places):
+    for order, place in enumerate(answer_places):
         asked = turns[:place]
-        pictures = sum(part["type"] == "image" for turn in asked for part in turn["content"])
-        said = parse(text_of(turns[place]))  # a trace is a rationale and an answer
-        answer = said.answer if said.well_formed else text_of(turns[place])
+        # Later turns may show further pictures, which a question must not see.
+        pictures = 0
+        for turn in asked:
+            pictures += sum(part["type"] == "image" for part in turn["content"])
+        answer, reasoning = text_of(turns[place]), ""
+        reference = parse(answer)
+        if reference.well_formed:  # a trace: a rationale, then the answer
+            answer, reasoning = reference.answer, reference.rationale
         items.append(
             Item(
-                id=name if len(places) == 1 else f"{name}/{order}",
+                id=name if len(answer_places) == 1 else f"{name}/{order}",
                 question=text_of(asked[-1]),
-                golds=_golds(labels, answer, len(places)),
+                golds=_golds(columns, answer, len(answer_places)),
                 messages=asked,
                 images=conversation.images[:pictures],
                 metric=metric or METRIC_OF_FORMAT.get(source.adapter.__name__, "number"),
-                choices=tuple(map(str, as_items(labels.get("choices")))),
-                reasoning=said.rationale if said.well_formed else "",
+                choices=choices,
+                reasoning=reasoning,
                 source=source,
                 template_options=conversation.template_options,
                 **common,
             )
         )
-    return items or [Item(id=name, question="", golds=(), fault="no answer: no assistant turn", **common)]
+    return items
 
 
-def _golds(row: Mapping, answer: str, answers: int) -> tuple[str, ...]:
+def _golds(columns: Mapping, answer: str, answers: int) -> tuple[str, ...]:
     """Return every gold answer of a row: those of all annotators, where it holds them, else the one that trains."""
-    several = row.get("answers")
+    # Annotators answer one question; in a conversation it is not told which.
+    several = columns.get("answers")
     if answers == 1 and isinstance(several, (list, tuple)) and all(isinstance(gold, str) for gold in several):
         return tuple(gold for gold in several if gold.strip())
-    return (answer,) if answer.strip() else ()
+    if not answer.strip():
+        return ()
+    return (answer,)
 
 
-def _label(row: Mapping, columns: Sequence[str]) -> str:
-    values = (row.get(column) for column in columns)
-    return next((str(value) for value in values if isinstance(value, (str, int)) and str(value)), "")
+def _label(columns: Mapping, names: Sequence[str]) -> str:
+    """Return what stands in the first of these columns that holds a text or a whole number; "" where none does."""
+    for name in names:
+        value = columns.get(name)
+        if isinstance(value, (str, int)) and str(value):
+            return str(value)
+    return ""

@@ -37,11 +37,14 @@ def reference_losses(
         batch_size: questions read together.
         progress: what the progress bar says; no bar by default.
     """
+    # The collator of training: the same tokens count, and the same end of turn.
     collate = ConversationCollator(processor)
-    usable = sorted(
-        (item for item in items if item.answer and not item.fault and (item.reasoning or not traces)),
-        key=lambda item: (len(item.images), len(item.question) + len(item.reasoning)),
-    )
+    usable = []
+    for item in items:
+        if item.answer and not item.fault and (item.reasoning or not traces):
+            usable.append(item)
+    # Questions of like length share a batch, so that little of it is padding.
+    usable.sort(key=lambda item: (len(item.images), len(item.question) + len(item.reasoning)))
     losses: dict[str, float] = {}
     for start in tqdm(range(0, len(usable), batch_size), desc=progress, disable=progress is None):
         rows = {}
@@ -49,7 +52,7 @@ def reference_losses(
             try:
                 images = [] if blind else item.open_images()
             except Dropped:
-                continue
+                continue  # counted where the question is asked
             reference = reasoned(item.reasoning, item.answer) if traces else item.answer
             options = {**item.template_options, **(template_options or {})}
             turns = {"prompt": item.prompt(blind), "completion": assistant_turn(reference)}
@@ -63,8 +66,9 @@ def _losses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> list[f
     inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    # What is put out at a position is the next one's token.
     labels = batch["labels"].to(model.device)[:, 1:]
-    with torch.inference_mode():
+    with torch.no_grad():  # under FSDP2 and ZeRO-3 the weights gathered here are trained on later
         logits = model(**inputs).logits[:, :-1].float()
         each = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"

@@ -1,4 +1,4 @@
-"""What a model said to a question, judged and kept in a file; and captions, scored fact by fact."""
+"""What a model put out for a question, judged and kept in a file; and captions, scored fact by fact."""
 
 import json
 import os
@@ -10,23 +10,50 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from siq_vl.data.figures.dataset import CAPTION_PROMPT
 from siq_vl.data.figures.rows import user_turn
+from siq_vl.evaluation import metrics
 from siq_vl.evaluation.generation import generate_texts
 from siq_vl.evaluation.items import Item
-from siq_vl.evaluation.marking import mark
-from siq_vl.parsing.answers import fact_score, parse
+from siq_vl.parsing.answers import Parsed, Reading, agrees, fact_score, matches, parse, read
 from siq_vl.parsing.texts import pieces
 
 # Kinds of fault. The first three are the data's: such a question is not in any score. The others count as wrong.
 ROW, IMAGE, NO_GOLD, MODEL, EMPTY = "unreadable row", "unreadable image", "missing gold", "model error", "empty output"
 NOT_SCORED = (ROW, IMAGE, NO_GOLD)
 
+# How answers are compared with gold ones, and what kind of answer is read from an output for it. "words" compares words
+# alone, for drawn figures; "number" also numbers of equal value, however written; the others are published metrics.
+ANSWER_METRICS = {
+    "words": "open",
+    "number": "open",
+    "exact_match": "open",
+    "relaxed": "open",
+    "vqa": "open",
+    "anls": "open",
+    "choice": "choice",
+    "yes_no": "yes_no",
+}
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one model said to one question. `output` is its whole text; an unreadable answer counts as wrong.
+    """What one model put out for one question.
 
-    `fault` is one of this module's kinds, or the empty string, and `detail` says what exactly happened. The other
-    fields are the question's, see `Item`, and its marks, see `Marks`.
+    Args:
+        id: the question's, as `group`, `domain`, `type`, `multi_step` and `question` are: see `Item`.
+        gold: the gold answer that reports show.
+        output: the model's whole text.
+        rationale: what was said before the answer.
+        answer: what was answered; empty where nothing can be read as an answer.
+        well_formed: whether the output ran `<think>…</think><answer>…</answer>`.
+        correct: whether the score is at least one half.
+        unparseable: whether no answer of the kind that the question asks for can be read; it counts as wrong.
+        score: by the question's metric, between 0 and 1.
+        stated: facts of the picture that the output states, where the true ones are known.
+        contradicted: how many of them the picture contradicts.
+        rouge_l: of the rationale against a reference rationale, where there is one.
+        fault: one of this module's kinds, or the empty string.
+        detail: what exactly happened.
+        cut_off: whether the bound on new tokens ended the output.
     """
 
     id: str
@@ -48,6 +75,7 @@ class Prediction:
     rouge_l: float | None = None
     fault: str = ""
     detail: str = ""
+    cut_off: bool = False
 
     def __post_init__(self) -> None:
         if self.score is None:
@@ -91,9 +119,32 @@ def predict(
     return [judge(item, output) for item, output in zip(items, outputs, strict=True)]
 
 
-def judge(item: Item, output: str, fault: str = "", detail: str = "") -> Prediction:
-    """Mark an output; an empty one and a missing gold answer are faults of their own."""
-    marks = mark(item, output)
+def judge(item: Item, output: str, fault: str = "", detail: str = "", *, cut_off: bool = False) -> Prediction:
+    """Return an output as a prediction; an empty one and a missing gold answer are faults of their own.
+
+    Raises:
+        ValueError: the question's metric is unknown.
+    """
+    if item.metric not in ANSWER_METRICS:
+        raise ValueError(f"metric is {item.metric!r}; it must be one of {', '.join(ANSWER_METRICS)}")
+    found: Parsed | Reading
+    if item.metric == "words":
+        # Drawn figures have one right wording: the answer is taken as it stands.
+        found = parse(output)
+        parseable = bool(found.answer)
+    else:
+        found = read(output, kind=ANSWER_METRICS[item.metric], choices=item.choices)
+        parseable = found.parseable
+    score = 0.0
+    if item.golds and parseable:
+        score = _score(item, found.answer)
+    stated = contradicted = rouge_l = None
+    if item.caption:
+        facts = metrics.hallucination(output, item.caption)
+        stated = int(facts["stated"])
+        contradicted = int(facts["contradicted"])
+    if item.reasoning:
+        rouge_l = metrics.rouge_l(found.rationale, item.reasoning)["score"]
     if not fault and not item.golds:
         fault, detail = NO_GOLD, "the row has no answer to compare with"
     if not fault and not output.strip():
@@ -107,41 +158,62 @@ def judge(item: Item, output: str, fault: str = "", detail: str = "") -> Predict
         question=item.question,
         gold=item.answer,
         output=output,
-        rationale=marks.rationale,
-        answer=marks.answer,
-        well_formed=marks.well_formed,
-        correct=marks.score >= 0.5,
-        unparseable=marks.unparseable,
-        score=marks.score,
-        stated=marks.stated,
-        contradicted=marks.contradicted,
-        rouge_l=marks.rouge_l,
+        rationale=found.rationale,
+        answer=found.answer,
+        well_formed=found.well_formed,
+        correct=score >= 0.5,
+        unparseable=not parseable,
+        score=score,
+        stated=stated,
+        contradicted=contradicted,
+        rouge_l=rouge_l,
         fault=fault,
         detail=detail,
+        cut_off=cut_off,
     )
 
 
-def write(predictions: Sequence[Prediction], path: Path) -> None:
+def _score(item: Item, answer: str) -> float:
+    """Return an answer's score by the question's metric."""
+    if item.metric == "words":
+        return float(any(matches(answer, gold) for gold in item.golds))
+    if item.metric == "number":
+        return float(agrees(answer, item.golds))
+    if item.metric == "choice":
+        return metrics.multiple_choice(answer, item.golds, item.choices)["score"]
+    published = {
+        "exact_match": metrics.exact_match,
+        "relaxed": metrics.relaxed_accuracy,
+        "vqa": metrics.vqa_accuracy,
+        "anls": metrics.anls,
+        "yes_no": metrics.pope,
+    }
+    return published[item.metric](answer, item.golds)["score"]
+
+
+def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
     """Write predictions as JSON lines, all or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A reader finds the old file or the new one, never half of it.
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(map(line_of, predictions)), encoding="utf-8")
+    temporary.write_text(_lines(predictions), encoding="utf-8")
     os.replace(temporary, path)
 
 
-def line_of(prediction: Prediction) -> str:
-    """Return a prediction as one line of its file."""
-    return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
+def _lines(predictions: Sequence[Prediction]) -> str:
+    """Return predictions as lines of their file."""
+    lines = [json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions]
+    return "".join(lines)
 
 
-def append(predictions: Sequence[Prediction], path: Path) -> None:
+def append_predictions(predictions: Sequence[Prediction], path: Path) -> None:
     """Add predictions to a file, so that they outlive the process."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(map(line_of, predictions)))
+        file.write(_lines(predictions))
 
 
-def read(path: Path) -> list[Prediction]:
-    """Read what `write` wrote.
+def read_predictions(path: Path) -> list[Prediction]:
+    """Read what `write_predictions` wrote.
 
     Raises:
         ValueError: there is no such file.
@@ -167,7 +239,7 @@ def read_unfinished(path: Path) -> dict[str, Prediction]:
         try:
             prediction = Prediction(**json.loads(line))
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
-            continue
+            continue  # half a line of a killed process, or a prediction of another version: asked again
         found[prediction.id] = prediction
     return found
 
@@ -181,10 +253,12 @@ def caption_scores(
         `{"picture" | "blind" | "shuffled": {domain: share}}`; `"shuffled"` shows each item the picture of another one
         of its domain.
     """
-    domains = sorted({item.domain for item in items})
-    by_domain = {domain: [item for item in items if item.domain == domain] for domain in domains}
-    ordered = [item for domain in domains for item in by_domain[domain]]
-    moved = [item for domain in domains for item in (*by_domain[domain][1:], by_domain[domain][0])]
+    ordered: list[Item] = []
+    moved: list[Item] = []  # in the place of each item the next one of its domain, in that of the last the first
+    for domain in sorted({item.domain for item in items}):
+        of_domain = [item for item in items if item.domain == domain]
+        ordered += of_domain
+        moved += [*of_domain[1:], of_domain[0]]
     shown: dict[str, list[list]] = {
         "picture": [[item.image] for item in ordered],
         "blind": [[] for _ in ordered],
@@ -194,10 +268,8 @@ def caption_scores(
     for way, images in shown.items():
         prompts = [user_turn(CAPTION_PROMPT, len(pictures)) for pictures in images]
         captions = generate_texts(model, processor, prompts, images, progress=progress and f"{progress}, {way}")
-        marks = [fact_score(parse(text).answer, item.caption) for text, item in zip(captions, ordered, strict=True)]
-        scores[way] = {
-            domain: sum(mark for mark, item in zip(marks, ordered, strict=True) if item.domain == domain)
-            / len(by_domain[domain])
-            for domain in domains
-        }
+        shares: dict[str, list[float]] = {item.domain: [] for item in ordered}
+        for text, item in zip(captions, ordered, strict=True):
+            shares[item.domain].append(fact_score(parse(text).answer, item.caption))
+        scores[way] = {domain: sum(of_domain) / len(of_domain) for domain, of_domain in shares.items()}
     return scores

@@ -10,7 +10,7 @@ from PIL import Image
 from siq_vl.data.conversations import Dropped
 from siq_vl.evaluation.items import Item
 from siq_vl.evaluation.predictions import Prediction
-from siq_vl.evaluation.scores import Summary, summarize, table3
+from siq_vl.evaluation.summaries import Summary, summarize, table3
 from siq_vl.evaluation.tables import accuracy_table, ordinary, table_cells, type_table
 from siq_vl.html import image_data_url, render
 from siq_vl.plots import inline, length_plot, loss_plot, running_accuracy_plot
@@ -142,14 +142,17 @@ def select(items: Sequence[Item], said: Sequence[PredictionsByModel], count: int
         return list(items)
     last_model = list(said[0])[-1]
     places = range(len(items))
+    lost, won, hallucinated = [], [], []
+    for place in places:
+        if _went(said[place], True, False):
+            lost.append(place)
+        if _went(said[place], False, True):
+            won.append(place)
+        if any(prediction.hallucinated for prediction in said[place].values()):
+            hallucinated.append(place)
+    longest = sorted(places, key=lambda place: -said[place][last_model].length)
     # What each filter of the page would find, in the order in which it would show it.
-    found_by_filter = [
-        [place for place in places if _went(said[place], True, False)],
-        [place for place in places if _went(said[place], False, True)],
-        [place for place in places if any(prediction.hallucinated for prediction in said[place].values())],
-        list(places),
-        sorted(places, key=lambda place: -said[place][last_model].length),
-    ]
+    found_by_filter = [lost, won, hallucinated, list(places), longest]
     # One from each filter in turn, until there are enough; a question that two of them find is shown once.
     queues = [iter(found) for found in found_by_filter]
     chosen: set[int] = set()

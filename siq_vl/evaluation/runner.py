@@ -18,14 +18,26 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from siq_vl.data.conversations import Dropped
-from siq_vl.evaluation import predictions as kept
 from siq_vl.evaluation.generation import batches_by_length, complete, rendered
 from siq_vl.evaluation.items import Item
-from siq_vl.evaluation.predictions import Prediction
+from siq_vl.evaluation.predictions import (
+    IMAGE,
+    MODEL,
+    NOT_SCORED,
+    ROW,
+    Prediction,
+    append_predictions,
+    cut_half_line,
+    judge,
+    read_predictions,
+    read_unfinished,
+    write_predictions,
+)
 from siq_vl.loading import load_checkpoint
 from siq_vl.locks import Lock
 
@@ -57,6 +69,17 @@ class RunSettings:
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def record(self) -> dict[str, object]:
+        """Return what of the settings changes answers, as `<name>.run.json` holds it."""
+        record: dict[str, object] = {
+            "blind": self.blind,
+            "max_new_tokens": self.max_new_tokens,
+            "template_options": dict(self.template_options or {}),
+        }
+        if self.max_thinking_tokens is not None:
+            record["max_thinking_tokens"] = self.max_thinking_tokens
+        return record
 
 
 def load_any(path: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -92,6 +115,7 @@ def fingerprint(checkpoint: str) -> str:
     folder = Path(checkpoint)
     if not folder.is_dir():
         return checkpoint
+    # What answers depend on; logs, cards and optimizer states may change beside it.
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".jinja") or file.name.endswith(("config.json", "tokenizer.json")):
@@ -138,14 +162,15 @@ def run(
     Raises:
         ValueError: two questions have one id, another run writes `path`, or the model failed at every question.
     """
-    repeated = [name for name, count in Counter(item.id for item in items).items() if count > 1]
+    counts = Counter(item.id for item in items)
+    repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         raise ValueError(
             f"{len(repeated)} ids are given to several questions, {repeated[0]!r} for one: make them distinct"
         )
     state = process_state()
     with Lock(path, held=state.is_main_process, is_file=True):
-        return _run(model, processor, items, path, settings, state, identity or {}, progress)
+        return _run(model, processor, items, path, settings, state, {**(identity or {}), **settings.record()}, progress)
 
 
 def _run(
@@ -155,156 +180,200 @@ def _run(
     path: Path,
     settings: RunSettings,
     state: PartialState,
-    identity: Mapping[str, object],
+    record: Mapping[str, object],
     progress: str | None,
 ) -> list[Prediction]:
-    """Ask what is not answered yet; see `run`."""
-    parts = [path, *(path.with_suffix(f".rank{rank}.jsonl") for rank in range(1, state.num_processes))]
-    described = {
-        **identity,
-        "blind": settings.blind,
-        "max_new_tokens": settings.max_new_tokens,
-        "template_options": dict(settings.template_options or {}),
-    }
-    if settings.max_thinking_tokens is not None:
-        described["max_thinking_tokens"] = settings.max_thinking_tokens
+    """Ask what is not answered yet; see `run`. `record` tells this run from others."""
     if state.is_main_process:
-        _begin(path, described)
+        _begin(path, record)
     state.wait_for_everyone()
-    done = _already(path, items)
+    answered = _read_answered(path, items)
     state.wait_for_everyone()  # nobody appends before everybody has read
-    todo = [item for item in items if item.id not in done]
-    if done and todo and state.is_main_process:
-        logger.info("%s: %d of %d questions are answered already", path.stem, len(done), len(items))
-    asked = _Asking(model, processor, settings, parts[state.process_index])
-    asked.all(todo, state, progress if state.is_main_process else None)
+    missing = [item for item in items if item.id not in answered]
+    if answered and missing and state.is_main_process:
+        logger.info("%s: %d of %d questions are answered already", path.stem, len(answered), len(items))
+
+    # The first process appends to the file itself, every other one to a file of its own beside it.
+    own_file = path
+    if not state.is_main_process:
+        own_file = path.with_suffix(f".rank{state.process_index}.jsonl")
+    share = missing[state.process_index :: state.num_processes]
+    _Questioner(model, processor, settings, own_file).ask(share, progress if state.is_main_process else None)
+
     state.wait_for_everyone()
     if state.is_main_process:
-        finished = _already(path, items, failed_too=True)
-        kept.write([finished[item.id] for item in items], path)
-        for part in path.parent.glob(f"{path.stem}.rank*.jsonl"):
-            part.unlink()
+        finished = _read_answered(path, items, failed_too=True)
+        write_predictions([finished[item.id] for item in items], path)
+        for file in _files_of_ranks(path):
+            file.unlink()
     state.wait_for_everyone()
-    answered = kept.read(path)
-    if answered and all(prediction.fault == kept.MODEL for prediction in answered):
-        raise ValueError(f"the model failed at every question; the first time: {answered[0].detail}")
-    return answered
+    predictions = read_predictions(path)
+    note = cut_off_note(path.stem, predictions, settings.max_new_tokens)
+    if note and state.is_main_process:
+        logger.warning(note)
+    if predictions and all(prediction.fault == MODEL for prediction in predictions):
+        raise ValueError(f"the model failed at every question; the first time: {predictions[0].detail}")
+    return predictions
 
 
-def _begin(path: Path, described: Mapping[str, object]) -> None:
+def _begin(path: Path, record: Mapping[str, object]) -> None:
     """Make what this run has written ready to go on, and throw away what another run has."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = [path, *path.parent.glob(f"{path.stem}.rank*.jsonl")]
-    beside, text = path.with_suffix(".run.json"), json.dumps(described, indent=1, sort_keys=True)
-    if beside.exists() and beside.read_text(encoding="utf-8") == text:
+    written = [path, *_files_of_ranks(path)]
+    record_file = path.with_suffix(".run.json")
+    text = json.dumps(record, indent=1, sort_keys=True)
+    if record_file.exists() and record_file.read_text(encoding="utf-8") == text:
         for file in written:
-            kept.cut_half_line(file)
+            cut_half_line(file)
         return
     for stale in written:
         stale.unlink(missing_ok=True)
-    beside.write_text(text, encoding="utf-8")
+    record_file.write_text(text, encoding="utf-8")
 
 
-def _already(path: Path, items: Sequence[Item], *, failed_too: bool = False) -> dict[str, Prediction]:
+def _files_of_ranks(path: Path) -> list[Path]:
+    """Return what processes other than the first have written and nobody has put together yet."""
+    return sorted(path.parent.glob(f"{path.stem}.rank*.jsonl"))
+
+
+def _read_answered(path: Path, items: Sequence[Item], *, failed_too: bool = False) -> dict[str, Prediction]:
     """Return by id what is answered, judged anew; a question that has been reworded since is not."""
-    found = kept.read_unfinished(path)
-    for part in sorted(path.parent.glob(f"{path.stem}.rank*.jsonl")):
-        later = kept.read_unfinished(part)
-        found |= {name: made for name, made in later.items() if name not in found or found[name].fault == kept.MODEL}
-    done = {}
+    found = read_unfinished(path)
+    for file in _files_of_ranks(path):
+        for name, prediction in read_unfinished(file).items():
+            # A later attempt replaces one at which the model failed, and nothing else.
+            if name not in found or found[name].fault == MODEL:
+                found[name] = prediction
+    answered = {}
     for item in items:
-        made = found.get(item.id)
-        if made is None or made.question != item.question:
+        prediction = found.get(item.id)
+        if prediction is None or prediction.question != item.question:
             continue
-        if made.fault in (kept.ROW, kept.IMAGE, kept.MODEL):
-            if failed_too:
-                done[item.id] = made
-        else:
-            done[item.id] = kept.judge(item, made.output)
-    return done
+        # What was said is judged again, as metrics may have changed; what failed says nothing.
+        if prediction.fault not in (ROW, IMAGE, MODEL):
+            answered[item.id] = judge(item, prediction.output, cut_off=prediction.cut_off)
+        elif failed_too:
+            answered[item.id] = prediction
+    return answered
 
 
-class _Asking:
-    """One process asking its share of the questions."""
+class _Questioner:
+    """One process asking its share of the questions.
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, settings: RunSettings, part: Path):
-        self.model, self.processor, self.settings, self.part = model, processor, settings, part
+    Args:
+        model: any image-text-to-text model.
+        processor: its processor.
+        settings: how questions are asked.
+        file: what predictions are appended to.
+    """
 
-    def all(self, items: Sequence[Item], state: PartialState, progress: str | None) -> None:
-        """Ask the questions that fall to this process, batch by batch."""
-        mine, texts = [], []
-        for place, item in enumerate(items):
-            if place % state.num_processes != state.process_index:
-                continue
-            text = self._text(item)
-            if isinstance(text, Prediction):
-                kept.append([text], self.part)
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, settings: RunSettings, file: Path):
+        self.model = model
+        self.processor = processor
+        self.settings = settings
+        self.file = file
+
+    def ask(self, items: Sequence[Item], progress: str | None) -> None:
+        """Ask questions batch by batch, those of like length together."""
+        sound: list[Item] = []
+        prompts: list[str] = []
+        for item in items:
+            prompt = self._prompt(item)
+            if isinstance(prompt, Prediction):
+                append_predictions([prompt], self.file)
             else:
-                mine.append(item)
-                texts.append(text)
-        pictures = [0 if self.settings.blind else len(item.images) for item in mine]
-        batches = list(batches_by_length(texts, pictures, self.settings.batch_size))
-        for batch in tqdm(batches, desc=progress, disable=progress is None):
-            kept.append(self.batch([mine[place] for place in batch], [texts[place] for place in batch]), self.part)
+                sound.append(item)
+                prompts.append(prompt)
+        pictures = [0 if self.settings.blind else len(item.images) for item in sound]
+        batches = list(batches_by_length(prompts, pictures, self.settings.batch_size))
+        for places in tqdm(batches, desc=progress, disable=progress is None):
+            batch = [(sound[place], prompts[place]) for place in places]
+            append_predictions(self._answer_batch(batch), self.file)
 
-    def _text(self, item: Item) -> str | Prediction:
+    def _prompt(self, item: Item) -> str | Prediction:
+        """Return the text that the model completes, or the fault for which the question cannot be asked."""
         if item.fault:
-            return kept.judge(item, "", kept.ROW, item.fault)
+            return judge(item, "", ROW, item.fault)
         options = {**item.template_options, **(self.settings.template_options or {})}
         try:
             return rendered(self.processor, item.prompt(self.settings.blind), options)
         except MODEL_ERRORS as error:
-            return kept.judge(item, "", kept.MODEL, _named(error))
+            return judge(item, "", MODEL, _one_line(error))
 
-    def batch(self, items: Sequence[Item], texts: Sequence[str]) -> list[Prediction]:
-        """Answer one batch; where the model raises, each of its questions is asked alone."""
-        failed, sound = [], []
-        for item, text in zip(items, texts, strict=True):
+    def _answer_batch(self, batch: Sequence[tuple[Item, str]]) -> list[Prediction]:
+        """Return the predictions for questions and their prompts, those with a picture that cannot be read first."""
+        failed = []
+        sound = []
+        for item, prompt in batch:
             try:
-                sound.append((item, text, [] if self.settings.blind else item.open_images()))
+                images = [] if self.settings.blind else item.open_images()
             except Dropped as dropped:
-                failed.append(kept.judge(item, "", kept.IMAGE, str(dropped)))
-        return failed + self._answered(sound)
+                failed.append(judge(item, "", IMAGE, str(dropped)))
+            else:
+                sound.append((item, prompt, images))
+        return failed + self._answer(sound)
 
-    def _answered(self, rows: Sequence[tuple[Item, str, list]]) -> list[Prediction]:
-        if not rows:
+    def _answer(self, questions: Sequence[tuple[Item, str, list[Image.Image]]]) -> list[Prediction]:
+        """Return the predictions for questions, their prompts and pictures; where the model raises, ask each alone."""
+        if not questions:
             return []
-        items, texts, images = zip(*rows, strict=True)
+        items, prompts, images = zip(*questions, strict=True)
         try:
-            outputs = complete(
+            completions = complete(
                 self.model,
                 self.processor,
-                texts,
+                prompts,
                 images,
                 max_new_tokens=self.settings.max_new_tokens,
                 max_thinking_tokens=self.settings.max_thinking_tokens,
             )
         except MODEL_ERRORS as error:
-            if len(rows) > 1:
-                logger.warning("a batch of %d questions failed and is asked one by one: %s", len(rows), _named(error))
-                return [made for row in rows for made in self._answered([row])]
-            logger.warning("%s failed: %s", items[0].id, _named(error))
-            return [kept.judge(items[0], "", kept.MODEL, _named(error))]
-        return [kept.judge(item, output) for item, output in zip(items, outputs, strict=True)]
+            if len(questions) == 1:
+                logger.warning("%s failed: %s", items[0].id, _one_line(error))
+                return [judge(items[0], "", MODEL, _one_line(error))]
+            logger.warning(
+                "a batch of %d questions failed and is asked one by one: %s", len(questions), _one_line(error)
+            )
+            # One of them is at fault, or all together are too large for the memory.
+            predictions = []
+            for question in questions:
+                predictions += self._answer([question])
+            return predictions
+        predictions = []
+        for item, completion in zip(items, completions, strict=True):
+            predictions.append(judge(item, completion.text, cut_off=completion.cut_off))
+        return predictions
 
 
-def _named(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def fault_report(answers: Mapping[str, Sequence[Prediction]], named: int = 5) -> str:
     """Return lines that count the faults of each model by kind and name the first questions of each; empty where none."""
     lines = []
-    for model, made in answers.items():
-        kinds = Counter(prediction.fault for prediction in made if prediction.fault)
+    for model, predictions in answers.items():
+        kinds = Counter(prediction.fault for prediction in predictions if prediction.fault)
         for kind, count in kinds.most_common():
-            found = [prediction for prediction in made if prediction.fault == kind]
+            found = [prediction for prediction in predictions if prediction.fault == kind]
             names = ", ".join(f"{prediction.id} ({prediction.detail})" for prediction in found[:named])
-            counted = "left out of the scores" if kind in kept.NOT_SCORED else "counted as wrong"
-            lines.append(
-                f"{model}: {kind}: {count} of {len(made)}, {counted}: {names}" + (", ..." if count > named else "")
-            )
+            if count > named:
+                names += ", ..."
+            consequence = "left out of the scores" if kind in NOT_SCORED else "counted as wrong"
+            lines.append(f"{model}: {kind}: {count} of {len(predictions)}, {consequence}: {names}")
     return "\n".join(lines)
+
+
+def cut_off_note(model: str, predictions: Sequence[Prediction], max_new_tokens: int) -> str:
+    """Return a line that counts the answers that the bound on new tokens ended; empty where it ended none."""
+    count = sum(prediction.cut_off for prediction in predictions)
+    if not count:
+        return ""
+    unread = sum(prediction.cut_off and not prediction.answer for prediction in predictions)
+    return (
+        f"{model}: {count} of {len(predictions)} answers were cut off at {max_new_tokens} tokens, {unread} of them before "
+        f"an answer, which counts as wrong: pass --max_new_tokens {2 * max_new_tokens}"
+    )
 
 
 def same_questions(
@@ -316,7 +385,12 @@ def same_questions(
         ValueError: there are fewer than two such questions.
     """
     others = {prediction.id: prediction for prediction in second if prediction.scored}
-    pairs = [(made, others[made.id]) for made in first if made.scored and made.id in others]
-    if len(pairs) < 2:
-        raise ValueError(f"the models share {len(pairs)} scored questions; a comparison needs at least 2")
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    of_first = []
+    of_second = []
+    for prediction in first:
+        if prediction.scored and prediction.id in others:
+            of_first.append(prediction)
+            of_second.append(others[prediction.id])
+    if len(of_first) < 2:
+        raise ValueError(f"the models share {len(of_first)} scored questions; a comparison needs at least 2")
+    return of_first, of_second

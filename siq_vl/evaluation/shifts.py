@@ -46,8 +46,12 @@ def _moved(pixels: int, image: Image.Image, rng: Random) -> Image.Image:
     """Move the drawing on both axes, on each towards its wider margin, so that as little as possible leaves the picture."""
     blank = Image.new("RGB", image.size, image.getpixel((0, 0)))
     left, top, right, bottom = ImageChops.difference(image, blank).getbbox() or (0, 0, *image.size)
-    rightwards, downwards = image.width - right >= left, image.height - bottom >= top
-    return on_canvas(image, image.size, (pixels if rightwards else -pixels, pixels if downwards else -pixels))
+    x = y = pixels
+    if left > image.width - right:
+        x = -pixels
+    if top > image.height - bottom:
+        y = -pixels
+    return on_canvas(image, image.size, (x, y))
 
 
 def _border(pixels: int, image: Image.Image, rng: Random) -> Image.Image:
@@ -103,10 +107,12 @@ def shifted(items: Sequence[Item], shift: str) -> list[Item]:
         items: questions about drawn figures.
         shift: a key of `SHIFTS`.
     """
-    return [
-        replace(item, images=tuple(SHIFTS[shift](image, Random(f"{item.id}/{shift}")) for image in item.open_images()))
-        for item in items
-    ]
+    # The draw belongs to question and shift: neither the order of questions nor another shift changes it.
+    changed = []
+    for item in items:
+        images = [SHIFTS[shift](image, Random(f"{item.id}/{shift}")) for image in item.open_images()]
+        changed.append(replace(item, images=tuple(images)))
+    return changed
 
 
 def shift_table(answers: Mapping[str, Mapping[str, Sequence[Prediction]]]) -> str:
@@ -118,6 +124,6 @@ def shift_table(answers: Mapping[str, Mapping[str, Sequence[Prediction]]]) -> st
     shifts = next(iter(answers.values())).keys()
     lines = [["picture", "n", *answers]]
     for shift in shifts:
-        made = [by_shift[shift] for by_shift in answers.values()]
-        lines.append([shift, str(len(made[0])), *map(accuracy_cell, made)])
+        predictions = [by_shift[shift] for by_shift in answers.values()]
+        lines.append([shift, str(len(predictions[0])), *map(accuracy_cell, predictions)])
     return markdown(lines)

@@ -1,102 +1,130 @@
 """Accuracy tables with 95% intervals, as aligned text that is Markdown too."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 
-from siq_vl.evaluation.intervals import mcnemar, paired_bootstrap, paired_difference, wilson
+from siq_vl.evaluation.metrics import METRICS
 from siq_vl.evaluation.predictions import Prediction
+from siq_vl.evaluation.statistics import mcnemar, paired_bootstrap, paired_difference, wilson
 
-Rows = Sequence[tuple[str, Callable[[Prediction], bool]]]
+PredictionsOfModels = Mapping[str, Sequence[Prediction]]
 
 _DOMAINS = ("scenes", "charts", "documents")
 _GROUPS = ("held out", "combinations", "hard")
 
 
-def table_rows(predictions: Sequence[Prediction]) -> Rows:
-    """Return the table's rows.
+@dataclass(frozen=True)
+class _Row:
+    """A row of an accuracy table: its title, and which questions it counts; None stands for any."""
+
+    title: str
+    group: str | None = None
+    domain: str | None = None
+    type: str | None = None
+    multi_step: bool | None = None
+
+    def counts(self, prediction: Prediction) -> bool:
+        """Return whether a question is of this row."""
+        for name in ("group", "domain", "type", "multi_step"):
+            wanted = getattr(self, name)
+            if wanted is not None and getattr(prediction, name) != wanted:
+                return False
+        return True
+
+
+def _is_drawn(predictions: Sequence[Prediction]) -> bool:
+    """Return whether all questions are about drawn figures."""
+    return all(prediction.group in _GROUPS for prediction in predictions)
+
+
+def _accuracy_rows(predictions: Sequence[Prediction]) -> list[_Row]:
+    """Return the rows of the accuracy table.
 
     For drawn figures every domain by single- and multi-step, their totals, and the reported-only groups; for other data
     its domains and their total.
     """
-    rows: list[tuple[str, Callable[[Prediction], bool]]]
-    if any(prediction.group not in _GROUPS for prediction in predictions):
-        domains = dict.fromkeys(prediction.domain for prediction in predictions)
-        rows = [(domain, partial(_is_of, domain)) for domain in domains]
-        return [*rows, ("all", lambda prediction: True)] if len(rows) > 1 else rows
-
-    def of(domain: str | None, multi_step: bool | None, group: str = "held out") -> Callable[[Prediction], bool]:
-        return lambda prediction: (
-            prediction.group == group
-            and domain in (None, prediction.domain)
-            and multi_step in (None, prediction.multi_step)
-        )
-
     rows = []
-    for domain in _DOMAINS:
-        rows += [(domain, of(domain, None)), ("- single-step", of(domain, False)), ("- multi-step", of(domain, True))]
-    rows += [("all", of(None, None)), ("- single-step", of(None, False)), ("- multi-step", of(None, True))]
-    rows += [("new combinations", of(None, None, "combinations")), ("hard (reported only)", of(None, None, "hard"))]
+    # Sources of other data know nothing of steps and groups.
+    if not _is_drawn(predictions):
+        for domain in dict.fromkeys(prediction.domain for prediction in predictions):
+            rows.append(_Row(domain, domain=domain))
+        if len(rows) > 1:
+            rows.append(_Row("all"))
+        return rows
+    for domain in (*_DOMAINS, None):  # None: all of them
+        rows.append(_Row(domain or "all", "held out", domain))
+        rows.append(_Row("- single-step", "held out", domain, multi_step=False))
+        rows.append(_Row("- multi-step", "held out", domain, multi_step=True))
+    rows.append(_Row("new combinations", "combinations"))
+    rows.append(_Row("hard (reported only)", "hard"))
     return rows
 
 
-def _is_of(domain: str, prediction: Prediction) -> bool:
-    return prediction.domain == domain
+def _type_rows(predictions: Sequence[Prediction]) -> list[_Row]:
+    """Return a row for every type of question, ordinary ones first, by domain."""
+    asked = {(prediction.group, prediction.domain, prediction.type) for prediction in predictions}
+    groups = {group for group, _, _ in asked}
+
+    def order(kind: tuple[str, str, str]) -> tuple:
+        group, domain, _ = kind
+        return _place(group, _GROUPS), _place(domain, _DOMAINS), kind
+
+    rows = []
+    for group, domain, type in sorted(asked, key=order):
+        title = f"{domain}, {type}"
+        if len(groups) > 1 and group != "held out":
+            title = f"{group}: {title}"
+        rows.append(_Row(title, group, domain, type))
+    return rows
+
+
+def _place(name: str, order: Sequence[str]) -> int:
+    """Return where a name stands in an order; names that are not in it come last."""
+    if name in order:
+        return order.index(name)
+    return len(order)
 
 
 def ordinary(predictions: Sequence[Prediction]) -> list[Prediction]:
     """Return the predictions that comparisons and summaries are about: of drawn figures the ordinary group, else all."""
-    if any(prediction.group not in _GROUPS for prediction in predictions):
+    if not _is_drawn(predictions):
         return list(predictions)
     return [prediction for prediction in predictions if prediction.group == "held out"]
 
 
-def accuracy_table(predictions: Mapping[str, Sequence[Prediction]]) -> str:
+def accuracy_table(predictions: PredictionsOfModels) -> str:
     """Return accuracies in percent with half-widths of Wilson's 95% interval, one column a model.
 
     Args:
         predictions: by model, on the same items.
     """
-    return _table(predictions, table_rows(next(iter(predictions.values()))))
+    first = next(iter(predictions.values()))
+    return _table(predictions, _accuracy_rows(first), accuracy_cell)
 
 
-def type_table(predictions: Mapping[str, Sequence[Prediction]]) -> str:
+def type_table(predictions: PredictionsOfModels) -> str:
     """Return accuracies in percent with both ends of Wilson's 95% interval, by domain and question type.
 
     Args:
         predictions: by model, on the same items.
     """
-    asked = dict.fromkeys((p.group, p.domain, p.type) for p in next(iter(predictions.values())))
-    ordered = sorted(asked, key=lambda kind: (_place(kind[0], _GROUPS), _place(kind[1], _DOMAINS), kind))
-    single = len({group for group, _, _ in asked}) == 1
-    rows = [
-        (
-            f"{domain}, {type}" if single or group == "held out" else f"{group}: {domain}, {type}",
-            _of(group, domain, type),
-        )
-        for group, domain, type in ordered
-    ]
-    return _table(predictions, rows, _cell_with_ends)
+    first = next(iter(predictions.values()))
+    return _table(predictions, _type_rows(first), _cell_with_ends)
 
 
-def _of(group: str, domain: str, type: str) -> Callable[[Prediction], bool]:
-    return lambda prediction: (prediction.group, prediction.domain, prediction.type) == (group, domain, type)
-
-
-def _place(name: str, order: Sequence[str]) -> int:
-    return order.index(name) if name in order else len(order)
-
-
-def _table(
-    predictions: Mapping[str, Sequence[Prediction]],
-    rows: Rows,
-    cell: Callable[[Sequence[Prediction]], str] | None = None,
-) -> str:
+def _table(predictions: PredictionsOfModels, rows: Sequence[_Row], cell: Callable[[Sequence[Prediction]], str]) -> str:
+    """Return a table of accuracies, rows without a question left out."""
     lines = [["questions", "n", *predictions]]
-    for name, chosen in rows:
-        picked = {model: [p for p in made if chosen(p) and p.scored] for model, made in predictions.items()}
-        count = max(map(len, picked.values()))
-        if count:
-            lines.append([name, str(count), *map(cell or accuracy_cell, picked.values())])
+    for row in rows:
+        cells = []
+        most = 0
+        for of_model in predictions.values():
+            counted = [prediction for prediction in of_model if prediction.scored and row.counts(prediction)]
+            # Models differ in their number of questions only where one could not read a picture.
+            most = max(most, len(counted))
+            cells.append(cell(counted))
+        if most:
+            lines.append([row.title, str(most), *cells])
     return markdown(lines)
 
 
@@ -104,17 +132,22 @@ def accuracy_cell(predictions: Sequence[Prediction]) -> str:
     """Return the accuracy in percent with the half-width of Wilson's 95% interval."""
     if not predictions:
         return "-"
-    right = sum(prediction.score for prediction in predictions)
-    low, high = wilson(right, len(predictions))
-    return f"{100 * right / len(predictions):5.1f} ±{50 * (high - low):4.1f}"
+    accuracy, low, high = _accuracy(predictions)
+    return f"{100 * accuracy:5.1f} ±{50 * (high - low):4.1f}"
 
 
 def _cell_with_ends(predictions: Sequence[Prediction]) -> str:
     if not predictions:
         return "-"
-    right = sum(prediction.score for prediction in predictions)
-    low, high = wilson(right, len(predictions))
-    return f"{100 * right / len(predictions):5.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+    accuracy, low, high = _accuracy(predictions)
+    return f"{100 * accuracy:5.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _accuracy(predictions: Sequence[Prediction]) -> tuple[float, float, float]:
+    """Return the mean score and both ends of its interval."""
+    # Scores, not truth values: some metrics give part marks.
+    total = sum(prediction.score for prediction in predictions)
+    return total / len(predictions), *wilson(total, len(predictions))
 
 
 def difference_line(name: str, before: Sequence[Prediction], after: Sequence[Prediction]) -> str:
@@ -133,21 +166,46 @@ def comparison_line(name: str, before: Sequence[Prediction], after: Sequence[Pre
     )
 
 
+def yes_no_table(predictions: PredictionsOfModels) -> str:
+    """Return POPE's numbers of answers to yes-or-no questions, in percent, a row a model."""
+    lines = [["yes or no", "n", "accuracy", "precision", "recall", "F1", "yes", "neither"]]
+    for name, of_model in predictions.items():
+        counted = [prediction for prediction in of_model if prediction.scored]
+        if not counted:
+            continue
+        answers = ["" if prediction.unparseable else prediction.answer for prediction in counted]
+        found = METRICS["pope"].compute(answers, [[prediction.gold] for prediction in counted])
+        line = [name, str(len(counted))]
+        for share in ("accuracy", "precision", "recall", "f1", "yes_rate", "unparseable"):
+            line.append(f"{100 * found[share]:.1f}")
+        lines.append(line)
+    return markdown(lines)
+
+
 def caption_table(scores: Mapping[str, Mapping[str, float]], count: int) -> str:
     """Return the caption facts that are right, in percent, by domain and by what the model was shown."""
-    header = {"picture": "its picture", "blind": "no picture", "shuffled": "another's picture"}
-    lines = [[f"caption facts right ({count} pictures)", *(header[way] for way in scores)]]
+    titles = {"picture": "its picture", "blind": "no picture", "shuffled": "another's picture"}
+    lines = [[f"caption facts right ({count} pictures)"]]
+    for shown in scores:
+        lines[0].append(titles[shown])
     for domain in _DOMAINS:
-        lines.append([domain, *(f"{100 * by_domain[domain]:5.1f}" for by_domain in scores.values())])
+        shares = [f"{100 * by_domain[domain]:5.1f}" for by_domain in scores.values()]
+        lines.append([domain, *shares])
     return markdown(lines)
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Return rows of cells as an aligned Markdown table, the first row its header."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    drawn = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    drawn.insert(1, "-|-".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in drawn)
+    widths = []
+    for column in zip(*lines, strict=True):
+        widths.append(max(map(len, column)))
+    drawn = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        drawn.append(f"| {' | '.join(cells)} |")
+    rule = "-|-".join("-" * width for width in widths)
+    drawn.insert(1, f"| {rule} |")
+    return "\n".join(drawn)
 
 
 def table_cells(table: str) -> list[list[str]]:

@@ -10,22 +10,63 @@ _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _WELL_FORMED = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
-# Runs of white space and marks are bounded here, or begin where no such run does: a text of them is read through once.
+# A phrase that names an answer. Runs of white space and marks are bounded here, or begin where no such run does: a text of
+# them is read through once.
 _MARKER = re.compile(
-    r"(?:^|(?<=[.!?:;,\n*])|(?<=\bso)|(?<=\bthus)|(?<=\bhence)|(?<=\btherefore))[\s*#_]{0,40}+"
-    r"(?:(?:the\s+)?(?:(?:final\s+|correct\s+|short\s+|right\s+|best\s+)?answer|(?:correct|right|best)\s+(?:option|choice))(?:\s+to\s+[^.:\n]{1,60})?[\s*_]{0,40}+(?:\bis\b|:|=)|answer\s*[*_]*\n)"
-    r"[\s*:_]*",
-    re.IGNORECASE,
+    r"""
+    # Where a phrase begins: a line, a sentence, a clause, or what follows "so" and the like.
+    (?: ^ | (?<=[.!?:;,\n*]) | (?<=\bso) | (?<=\bthus) | (?<=\bhence) | (?<=\btherefore) )
+    [\s*#_]{0,40}+
+    (?:
+        # "the final answer is", "Answer:", "the correct option to the question is"
+        (?: the\s+ )?
+        (?:
+            (?: final\s+ | correct\s+ | short\s+ | right\s+ | best\s+ )? answer
+            | (?: correct | right | best )\s+(?: option | choice )
+        )
+        (?: \s+to\s+[^.:\n]{1,60} )?
+        [\s*_]{0,40}+
+        (?: \bis\b | : | = )
+        # "Answer" as a heading
+        | answer\s*[*_]*\n
+    )
+    [\s*:_]*
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
-_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+# What is no part of an answer any more: the next sentence (a decimal point ends none), or the reason for it.
+_END_OF_ANSWER = re.compile(
+    r"""
+    [.!?] (?: \s+(?=[A-Z]) | \s*$ )
+    | (?: , | (?<![\s,]) )\s+(?: because | since | as )\s
+    """,
+    re.VERBOSE,
+)
+# "so" and the like before a named answer, which is no part of the rationale.
+_CONJUNCTION = re.compile(r"(?:^|(?<=[.\n]))\s{0,40}+(?:so|thus|hence|therefore)[\s,:]*$", re.IGNORECASE)
+
+_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
 _NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())} | {"none": 0, "dozen": 12}
 _SCALES = {"k": 1e3, "thousand": 1e3, "million": 1e6, "mn": 1e6, "billion": 1e9, "bn": 1e9, "trillion": 1e12}
 _NUMBER = re.compile(
-    r"(?P<sign>[-\u2212]?)\s*(?P<currency>[$€£¥])?\s*(?P<sign2>[-\u2212]?)"
-    r"(?P<digits>\d{1,3}(?:[,\u00a0\u2009\u202f'’]\d{3})+(?:\.\d+)?(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)(?:\s*/\s*(?P<over>\d+(?:\.\d+)?))?"
-    r"(?:\s*(?P<percent>%|percent\b|per cent\b))?(?:\s*(?P<scale>k|thousand|million|mn|billion|bn|trillion)\b)?",
-    re.IGNORECASE,
+    r"""
+    (?P<sign>[-\u2212]?) \s* (?P<currency>[$€£¥])? \s* (?P<sign2>[-\u2212]?)
+    (?P<digits>
+        \d{1,3} (?:[,\u00a0\u2009\u202f'’]\d{3})+ (?:\.\d+)? (?!\d)  # 1,234,567.8
+        | \d{1,2} (?:,\d{2})+ ,\d{3} (?:\.\d+)? (?!\d)               # 12,34,567
+        | \d+ (?:\.\d+)?
+        | \.\d+
+    )
+    (?: \s*/\s* (?P<over>\d+(?:\.\d+)?) )?
+    (?: \s* (?P<percent> % | percent\b | per\ cent\b ) )?
+    (?: \s* (?P<scale> k | thousand | million | mn | billion | bn | trillion )\b )?
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
+_SEPARATORS = re.compile("[,\u00a0\u2009\u202f'’]")
 _APPROXIMATELY = re.compile(
     r"^(?:about|approximately|around|roughly|nearly|almost|exactly|≈|~|is|are|equals|=)\s*", re.IGNORECASE
 )
@@ -53,16 +94,22 @@ def parse(text: str) -> Parsed:
     Without tags the whole text is the answer. An output that began to reason and never answered has the empty answer.
     """
     text = text.strip()
-    think, answer = _THINK.search(text), _ANSWER.search(text)
-    rationale = think.group(1).strip() if think else ""
+    rationale = ""
+    think = _THINK.search(text)
+    if think:
+        rationale = think.group(1).strip()
+    answer = _ANSWER.search(text)
     if answer:
         return Parsed(rationale, answer.group(1).strip(), is_well_formed(text))
-    return Parsed(rationale, "" if think else text, False)
+    if think:
+        return Parsed(rationale, "", False)
+    return Parsed("", text, False)
 
 
 def is_well_formed(text: str) -> bool:
     """Return whether a text is `<think>…</think><answer>…</answer>`: each tag once, white space alone around them."""
-    return all(text.count(tag) == 1 for tag in TAGS) and bool(_WELL_FORMED.fullmatch(text.strip()))
+    once = all(text.count(tag) == 1 for tag in TAGS)
+    return once and bool(_WELL_FORMED.fullmatch(text.strip()))
 
 
 def matches(answer: str, gold: str) -> bool:
@@ -77,7 +124,11 @@ def _plain(text: str) -> str:
 def stated_facts(caption: str) -> Counter[str]:
     """Return the facts of a caption `"kind: fact, fact"`, the kind counted as one of them."""
     kind, _, listed = caption.strip().partition(":")
-    return Counter([f"{kind.strip()}:", *(fact.strip() for fact in listed.split(",") if fact.strip())])
+    facts = Counter([f"{kind.strip()}:"])
+    for fact in listed.split(","):
+        if fact.strip():
+            facts[fact.strip()] += 1
+    return facts
 
 
 def fact_score(caption: str, gold: str) -> float:
@@ -105,14 +156,17 @@ def parse_trace(text: str) -> Parsed:
     before, closed, after = text.partition("</think>")
     if "<answer>" in text:
         tagged = parse(text)
-        lead = text.partition("<answer>")[0] if not tagged.rationale else ""
-        rationale = tagged.rationale or lead.replace("<think>", "").replace("</think>", "").strip()
+        rationale = tagged.rationale
+        if not rationale:
+            before_answer = text.partition("<answer>")[0]
+            rationale = before_answer.replace("<think>", "").replace("</think>", "").strip()
         return Parsed(rationale, plain_answer(tagged.answer), tagged.well_formed)
     if closed:
-        rationale = before.replace("<think>", "").strip()
         _, answer = _final(after)
-        lines = [line for line in after.strip().splitlines() if line.strip()]
-        return Parsed(rationale, answer or (plain_answer(lines[-1]) if lines else ""), False)
+        if not answer and after.strip():
+            # Prose that names no answer: its last line is it.
+            answer = plain_answer(after.strip().splitlines()[-1])
+        return Parsed(before.replace("<think>", "").strip(), answer, False)
     if "<think>" in text:
         return Parsed(text.replace("<think>", "").strip(), "", False)
     rationale, answer = _final(text)
@@ -127,19 +181,22 @@ def final_answer(text: str) -> str:
 def _final(text: str) -> tuple[str, str]:
     """Return what stands before the last named answer, and the answer."""
     boxed = _last_boxed(text)
-    marked = max(_MARKER.finditer(text), key=lambda found: found.start(), default=None)
-    said, _, below = text[marked.end() :].partition("\n") if marked else ("", "", "")
-    if boxed and (marked is None or boxed[0] >= marked.start()):
-        start = marked.start() if marked and not below.strip() else boxed[0]
-        return text[:start].strip(), plain_answer(boxed[1])
-    if marked is None:
-        return text, ""
-    # A sentence ends the answer, a decimal point does not.
-    said = re.split(r"[.!?](?:\s+(?=[A-Z])|\s*$)|(?:,|(?<![\s,]))\s+(?:because|since|as)\s", said, maxsplit=1)[0]
-    before = re.sub(
-        r"(?:^|(?<=[.\n]))\s{0,40}+(?:so|thus|hence|therefore)[\s,:]*$", "", text[: marked.start()], flags=re.IGNORECASE
-    )
-    return before.strip(), plain_answer(said)
+    markers = list(_MARKER.finditer(text))
+    if not markers:
+        if boxed is None:
+            return text, ""
+        place, content = boxed
+        return text[:place].strip(), plain_answer(content)
+    marked = markers[-1]
+    said, _, below = text[marked.end() :].partition("\n")
+    if boxed is not None and boxed[0] >= marked.start():
+        place, content = boxed
+        if not below.strip():
+            place = marked.start()  # "the answer is \boxed{7}": the phrase goes with the answer
+        return text[:place].strip(), plain_answer(content)
+    answer = _END_OF_ANSWER.split(said, maxsplit=1)[0]
+    before = _CONJUNCTION.sub("", text[: marked.start()])
+    return before.strip(), plain_answer(answer)
 
 
 def _last_boxed(text: str) -> tuple[int, str] | None:
@@ -147,18 +204,23 @@ def _last_boxed(text: str) -> tuple[int, str] | None:
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
-    depth, begin = 0, start + len("\\boxed")
-    for position in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
+    brace = start + len("\\boxed")
+    depth = 0
+    for position in range(brace, len(text)):
+        if text[position] == "{":
+            depth += 1
+        elif text[position] == "}":
+            depth -= 1
         if depth == 0:
-            return start, text[begin + 1 : position]
+            return start, text[brace + 1 : position]
     return None
 
 
 def plain_answer(text: str) -> str:
     """Return an answer without mark-up: boxes, dollar signs around mathematics, bold, quotes, a final full stop."""
     boxed = _last_boxed(text)
-    text = boxed[1] if boxed else text
+    if boxed is not None:
+        _, text = boxed
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text).replace("\\%", "%").replace("\\$", "$")
     text = re.sub(r"^\$([^$]*)\$$", r"\1", text.strip())
@@ -175,15 +237,17 @@ def number_in(text: str) -> tuple[float, str] | None:
     """
     text = _APPROXIMATELY.sub("", plain_answer(text))
     first, _, rest = text.casefold().partition(" ")
-    if first in _NUMBER_WORDS and len(rest.split()) <= 2 and not any(word in _NUMBER_WORDS for word in rest.split()):
+    words = rest.split()
+    if first in _NUMBER_WORDS and len(words) <= 2 and not any(word in _NUMBER_WORDS for word in words):
         return float(_NUMBER_WORDS[first]), rest.strip(" .")
     found = _NUMBER.match(text)
     if not found:
         return None
     unit = text[found.end() :].strip(" .").casefold()
+    # What follows has to be a unit: no further number, no sentence, no rest of a date or of an expression.
     if any(character.isdecimal() for character in unit) or len(unit.split()) > 3 or re.match(r"[-/:.,+*=]", unit):
         return None
-    value = float(re.sub("[,\u00a0\u2009\u202f'’]", "", found["digits"]))
+    value = float(_SEPARATORS.sub("", found["digits"]))
     if found["over"]:
         if float(found["over"]) == 0:
             return None
@@ -191,7 +255,11 @@ def number_in(text: str) -> tuple[float, str] | None:
     if found["sign"] or found["sign2"]:
         value = -value
     value *= _SCALES.get((found["scale"] or "").casefold(), 1.0)
-    return (value, "%" if found["percent"] else unit) if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    if found["percent"]:
+        unit = "%"
+    return value, unit
 
 
 def agrees(
@@ -217,10 +285,9 @@ def agrees(
     answer = plain_answer(answer)
     if not answer:
         return False
-    return any(
-        _agrees(answer, plain_answer(gold), kind, choices, match)
-        for gold in ([golds] if isinstance(golds, str) else golds)
-    )
+    if isinstance(golds, str):
+        golds = [golds]
+    return any(_agrees(answer, plain_answer(gold), kind, choices, match) for gold in golds)
 
 
 def _agrees(answer: str, gold: str, kind: str, choices: Sequence[str], match: str) -> bool:
@@ -232,19 +299,27 @@ def _agrees(answer: str, gold: str, kind: str, choices: Sequence[str], match: st
         return _truth(answer) == _truth(gold) is not None
     if match == "exact":
         return False
-    stated, true = number_in(answer), number_in(gold)
+    stated = number_in(answer)
+    true = number_in(gold)
     if not stated or not true:
         return False
-    return _same_number(*stated, *true, tolerance=0.05 if match == "relaxed" else 0.0)
+    tolerance = 0.05 if match == "relaxed" else 0.0
+    return _same_number(*stated, *true, tolerance)
 
 
 def _same_number(value: float, unit: str, gold: float, gold_unit: str, tolerance: float) -> bool:
     if unit and gold_unit and unit.rstrip("s") != gold_unit.rstrip("s"):
         return False
-    values = [value]
-    if "%" in (unit, gold_unit) and unit != gold_unit:  # 45% is given as 45 here and as 0.45 there
-        values.append(value / 100 if unit == "%" else value * 100)
-    return any(abs(value - gold) <= max(tolerance * abs(gold), 1e-12 * max(1.0, abs(gold))) for value in values)
+    # Equal numbers may differ by a rounding of floating point.
+    margin = max(tolerance * abs(gold), 1e-12 * max(1.0, abs(gold)))
+    if abs(value - gold) <= margin:
+        return True
+    # 45% is given as 45 here and as 0.45 there.
+    if unit == "%" and gold_unit != "%":
+        return abs(value / 100 - gold) <= margin
+    if gold_unit == "%" and unit != "%":
+        return abs(value * 100 - gold) <= margin
+    return False
 
 
 def _bare(text: str) -> str:
@@ -261,14 +336,20 @@ def _choice(text: str, choices: Sequence[str]) -> str | None:
     if not found or _ALTERNATIVE.match(found.group(2)):
         return None
     letter = found.group(1).casefold()
-    return letter if not choices or ord(letter) - ord("a") < len(choices) else None
+    if choices and ord(letter) - ord("a") >= len(choices):
+        return None
+    return letter
 
 
 def _truth(text: str) -> bool | None:
     words = re.findall(r"[a-z]+", text.casefold())
-    if not words or words[0] not in _YES | _NO or words[1:2] == ["or"]:
+    if not words or words[1:2] == ["or"]:  # "yes or no" says neither
         return None
-    return words[0] in _YES
+    if words[0] in _YES:
+        return True
+    if words[0] in _NO:
+        return False
+    return None
 
 
 @dataclass(frozen=True)
@@ -338,17 +419,23 @@ def _extract_open(answer: str, choices: Sequence[str]) -> tuple[str, str | None]
 
 
 def _extract_number(answer: str, choices: Sequence[str]) -> tuple[str, float | None]:
-    if stated := number_in(answer):
+    stated = number_in(answer)
+    if stated:
         return answer, stated[0]
+    # Prose: the number in it, if there is exactly one.
     found = [match.group().strip() for match in _NUMBER.finditer(answer) if not _is_part(answer, match)]
-    stated = number_in(found[0]) if len(found) == 1 else None
-    return (found[0], stated[0]) if stated else (answer, None)
+    if len(found) == 1:
+        stated = number_in(found[0])
+        if stated:
+            return found[0], stated[0]
+    return answer, None
 
 
 def _is_part(text: str, match: re.Match) -> bool:
     """Return whether a number is part of a word, a date or a code: "B12", "3-4", "1.2.3"."""
-    first = match.start("digits")
-    before, after = text[:first][-1:], text[match.end() : match.end() + 2]
+    before = text[: match.start("digits")][-1:]
+    after = text[match.end() : match.end() + 2]
+    # A minus sign after a letter or digit is a hyphen: "3-4".
     if before in tuple("-\u2212") and text[: match.start()][-1:].isalnum():
         return True
     return before.isalnum() or before in tuple("_.,:/#") or bool(re.match(r"[\w#]|[-:/.,]\d", after))
@@ -357,25 +444,40 @@ def _is_part(text: str, match: re.Match) -> bool:
 def _extract_choice(answer: str, choices: Sequence[str]) -> tuple[str, str | None]:
     letter = _choice(answer, choices)
     if letter is None:
-        bracketed = set(re.findall(r"\(([A-Ha-h])\)", answer))
-        named = {chr(ord("a") + place) for place, text in enumerate(choices) if _holds(answer, text)}
-        candidates = {found.casefold() for found in bracketed} or named
-        letter = candidates.pop() if len(candidates) == 1 else None
-        if letter and choices and ord(letter) - ord("a") >= len(choices):
-            letter = None
-    return (answer, None) if letter is None else (letter.upper(), letter)
+        letter = _only_choice_named(answer, choices)
+    if letter is None:
+        return answer, None
+    return letter.upper(), letter
+
+
+def _only_choice_named(answer: str, choices: Sequence[str]) -> str | None:
+    """Return the letter that prose names in brackets, or whose text it has; None where there are several or none."""
+    letters = {letter.casefold() for letter in re.findall(r"\(([A-Ha-h])\)", answer)}
+    if not letters:
+        letters = {chr(ord("a") + place) for place, text in enumerate(choices) if _holds(answer, text)}
+    if len(letters) != 1:
+        return None
+    (letter,) = letters
+    if choices and ord(letter) - ord("a") >= len(choices):
+        return None
+    return letter
 
 
 def _holds(text: str, words: str) -> bool:
-    return bool(_bare(words)) and bool(re.search(rf"(?<!\w){re.escape(_bare(words))}(?!\w)", _bare(text)))
+    """Return whether a text has these words, whole, case and articles aside."""
+    if not _bare(words):
+        return False
+    return bool(re.search(rf"(?<!\w){re.escape(_bare(words))}(?!\w)", _bare(text)))
 
 
 def _extract_yes_no(answer: str, choices: Sequence[str]) -> tuple[str, bool | None]:
     said = _truth(answer)
     if said is None:
         words = set(re.findall(r"\w+", answer.casefold())) & {"yes", "no"}
-        said = words == {"yes"} if len(words) == 1 else None
-    return (answer, None) if said is None else ("yes" if said else "no", said)
+        if len(words) != 1:
+            return answer, None
+        said = words == {"yes"}
+    return ("yes" if said else "no"), said
 
 
 _EXTRACT = {

@@ -11,7 +11,9 @@ _TERM = rf"(?>\({{0,3}} ?{_VALUE}{_UNIT} ?\){{0,3}})"
 _OPERATION = r"(?> ?(?:[-+*/×·÷\u2212]|\bx\b|\bplus\b|\bminus\b|\btimes\b|\bdivided by\b) ?)"
 # Atomic groups, and a result that may be missing: a text that is all numbers is read through once.
 _EQUATION = re.compile(
-    rf"({_TERM}(?:{_OPERATION}{_TERM})++)(?: ?(=|≈|\bequals\b|\bis\b|\bmakes\b|\bgives\b) ?(?=({_VALUE})((?:{_OPERATION}{_TERM})*+)))?"
+    rf"({_TERM}(?:{_OPERATION}{_TERM})++)"
+    r"(?: ?(=|≈|\bequals\b|\bis\b|\bmakes\b|\bgives\b) ?"
+    rf"(?=({_VALUE})((?:{_OPERATION}{_TERM})*+)))?"
 )
 _COMPARISON = re.compile(rf"(?<![\w<>=.])({_VALUE})\s*(<=|>=|≤|≥|<|>)\s*({_VALUE})(?![\w<>=])")
 _LATEX = {
@@ -49,17 +51,20 @@ def false_statements(text: str) -> list[str]:
     """
     wrong = []
     for found, (value, shown) in _equations(text):
+        sign, goes_on = found.group(2), found.group(4)
         left = _evaluate(found.group(1))
-        if left is None or _close(left, value, shown) or (found.group(2) == "≈" and _near(left, value)):
+        if left is None or _close(left, value, shown):
             continue
-        if found.group(4) and _evaluate(shown + found.group(4)) == left:  # 2 + 2 = 2 * 2
+        if sign == "≈" and _near(left, value):
+            continue
+        if goes_on and _evaluate(shown + goes_on) == left:  # 2 + 2 = 2 * 2
             continue
         if shown.strip().endswith("%") and _close(100 * left, value, shown):
             continue
         wrong.append(found.group())
     for found in _COMPARISON.finditer(_plain(text)):
-        a, sign, b = found.groups()
-        if not _COMPARE[sign](_number(a), _number(b)):
+        left_side, sign, right_side = found.groups()
+        if not _COMPARE[sign](_number(left_side), _number(right_side)):
             wrong.append(found.group())
     return wrong
 
@@ -80,8 +85,13 @@ def agrees_with_result(value: float, result: float, shown: str) -> bool:
 
 
 def _equations(text: str) -> list[tuple[re.Match, tuple[float, str]]]:
-    found = [match for match in _EQUATION.finditer(_plain(text)) if match.group(2) and not _is_range(match)]
-    return [(match, (_number(match.group(3)), match.group(3))) for match in found]
+    """Return the equations of a text, each with its result's value and how that is written."""
+    equations = []
+    for match in _EQUATION.finditer(_plain(text)):
+        sign, shown = match.group(2), match.group(3)
+        if sign and not _is_range(match):
+            equations.append((match, (_number(shown), shown)))
+    return equations
 
 
 def _is_range(match: re.Match) -> bool:
@@ -109,9 +119,10 @@ def _evaluate(expression: str) -> float | None:
         expression = expression.replace(mark, sign)
     expression = re.sub(r"([\d.]+)\s?%", r"(\1/100)", expression)
     expression = re.sub(r"[$€£,]|[A-Za-z°]+", "", expression)
+    # The pattern may cut an expression out of its brackets: what is missing on either side is put back.
     missing = expression.count("(") - expression.count(")")
     expression = "(" * max(0, -missing) + expression + ")" * max(0, missing)
-    if len(expression) > 200:
+    if len(expression) > 200:  # the parser's depth is bounded
         return None
     try:
         return _value(ast.parse(expression.strip(), mode="eval").body)
@@ -132,7 +143,9 @@ def _value(node: ast.expr) -> float:
 def _close(a: float, b: float, shown: str) -> bool:
     """Return whether `a` rounds to `b` at the digits that `shown` has."""
     digits = len(re.sub(r"[^\d.]", "", shown).partition(".")[2])
-    return abs(a - b) <= 0.5 * 10**-digits * (1 + 1e-9) if digits or a != int(a) else abs(a - b) < 1e-9
+    if digits == 0 and a == int(a):  # nothing to round
+        return abs(a - b) < 1e-9
+    return abs(a - b) <= 0.5 * 10**-digits * (1 + 1e-9)
 
 
 def _near(a: float, b: float) -> bool:

@@ -28,6 +28,7 @@ def loops(tokens: list[str]) -> bool:
         return False
     ids = np.array([hash(token) for token in tokens])
     for period in range(1, min(60, len(ids) // 4) + 1):
+        # Where the text equals itself one period before, framed by zeros, so that every such stretch has two edges.
         same = np.concatenate(([0], (ids[period:] == ids[:-period]).astype(np.int8), [0]))
         edges = np.flatnonzero(np.diff(same))
         if len(edges) and (edges[1::2] - edges[::2]).max() >= max(3 * period, 18 - period):
@@ -35,8 +36,8 @@ def loops(tokens: list[str]) -> bool:
     words = [token for token in tokens if token.isalpha()]
     if len(words) < 80:
         return False
-    runs = Counter(zip(*(words[shift:] for shift in range(4)), strict=False))
-    return len(runs) < 0.3 * sum(runs.values())
+    runs = [tuple(words[start : start + 4]) for start in range(len(words) - 3)]
+    return len(set(runs)) < 0.3 * len(runs)
 
 
 def languages() -> list[str]:
@@ -53,8 +54,9 @@ def other_language(text: str, language: str = "en", known: str = "") -> bool:
         known: text whose scripts count as the language's own, as of a question that quotes them.
     """
     scripts = _scripts(text)
-    own = set(_scripts(known + _SAMPLES.get(language, "a")))
-    if sum(count for script, count in scripts.items() if script not in own) > 0.1 * sum(scripts.values()):
+    own = _scripts(known + _SAMPLES.get(language, "a"))
+    foreign = sum(count for script, count in scripts.items() if script not in own)
+    if foreign > 0.1 * sum(scripts.values()):
         return True
     words = re.findall(r"[^\W\d_]{2,}", text)
     if len(words) < _MIN_WORDS:
@@ -69,18 +71,21 @@ _SAMPLES = {
     "he": "א", "hi": "अ", "th": "ก", "ta": "அ", "bn": "অ", "ka": "ა", "hy": "ա",
 }  # fmt: skip
 
+# First words of the names of letters that stand among Latin ones.
+_LATIN_TOO = ("MATHEMATICAL", "FEMININE", "MASCULINE", "MICRO", "DOUBLE-STRUCK")
+
 
 def _scripts(text: str) -> Counter[str]:
     """Count letters by script; Latin and Greek letters (of formulas) and the like by the first word of their names."""
     if text.isascii():
         return Counter({"LATIN": sum(map(str.isalpha, text))})
-    names: Counter[str] = Counter()
-    for letter, count in Counter(character for character in text if character.isalpha()).items():
+    scripts: Counter[str] = Counter()
+    for letter, count in Counter(filter(str.isalpha, text)).items():
         script = unicodedata.name(letter, "UNKNOWN").split()[0]
-        names["LATIN" if script in ("MATHEMATICAL", "FEMININE", "MASCULINE", "MICRO", "DOUBLE-STRUCK") else script] += (
-            count
-        )
-    return names
+        if script in _LATIN_TOO:
+            script = "LATIN"
+        scripts[script] += count
+    return scripts
 
 
 @cache

@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # whether these can be imported is one of the questions
 REPO_ROOT = Path(__file__).resolve().parents[2]
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 GIB = 2**30
-TASKS = {"1": "caption", "2": "answer", "3": "reason"}
 
 # The prediction leaves out transient tensors and what the framework itself takes.
 _USABLE = 0.9
@@ -54,7 +53,10 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.level:<8} {self.name}: {self.text}" + (f"\n         fix: {self.fix}" if self.fix else "")
+        line = f"{self.level:<8} {self.name}: {self.text}"
+        if self.fix:
+            line += f"\n         fix: {self.fix}"
+        return line
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,10 @@ def check_python() -> Finding:
     project = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = project["requires-python"].removeprefix(">=")
     here = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < tuple(map(int, needed.split("."))):
-        return Finding(PROBLEM, "Python", f"{here}; {needed} or newer is needed", "make PYTHON=<a newer python3> demo")
-    return Finding(OK, "Python", f"{here}; {needed} or newer is needed")
+    text = f"{here}; {needed} or newer is needed"
+    if sys.version_info < _numbers(needed):
+        return Finding(PROBLEM, "Python", text, "make PYTHON=<a newer python3> demo")
+    return Finding(OK, "Python", text)
 
 
 def installed_version(package: str) -> str | None:
@@ -88,7 +91,10 @@ def installed_version(package: str) -> str | None:
 def requirements_file() -> Path:
     """Return the requirements of the installed major of transformers; of transformers 4 where there is none."""
     version = installed_version("transformers") or "4"
-    return REPO_ROOT / ("requirements.txt" if version.startswith("4.") or version == "4" else "requirements-v5.txt")
+    name = "requirements-v5.txt"
+    if _numbers(version)[0] == 4:
+        name = "requirements.txt"
+    return REPO_ROOT / name
 
 
 def check_packages(path: Path) -> Iterator[Finding]:
@@ -97,6 +103,7 @@ def check_packages(path: Path) -> Iterator[Finding]:
     missing, others, right = [], [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
         match = re.match(r"([\w.-]+)\s*(==|>=)\s*([\w.]+)", line)
+        # Comments, and lines that name another file.
         if match is None:
             continue
         package, relation, wanted = match.groups()
@@ -105,6 +112,7 @@ def check_packages(path: Path) -> Iterator[Finding]:
             missing.append(package)
         elif relation == ">=" and _numbers(here) < _numbers(wanted):
             missing.append(f"{package} >= {wanted} (here: {here})")
+        # What follows a plus sign says how a package was built, not what it is.
         elif relation == "==" and here.partition("+")[0] != wanted:
             others.append(f"{package} {here} ({wanted} is tested)")
         else:
@@ -130,9 +138,10 @@ def check_options() -> Iterator[Finding]:
         ("bitsandbytes", "bitsandbytes", "load_in_4bit"),
         ("flash-attn", "flash_attn", "attn_implementation flash_attention_2; sdpa does without"),
     ):
-        here = importlib.util.find_spec(module) is not None
-        version = installed_version(package) or ""
-        yield Finding(OK if here else NOTE, package, version if here else f"not installed ({use})")
+        if importlib.util.find_spec(module) is None:
+            yield Finding(NOTE, package, f"not installed ({use})")
+        else:
+            yield Finding(OK, package, installed_version(package) or "")
 
 
 def free_ram() -> int:
@@ -140,15 +149,17 @@ def free_ram() -> int:
     import psutil
 
     free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    # Files of the second version of control groups, and of the first.
     for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+        (group / "memory.max", group / "memory.current"),
+        (group / "memory/memory.limit_in_bytes", group / "memory/memory.usage_in_bytes"),
     ):
-        group = Path("/sys/fs/cgroup")
-        if (group / limit).exists() and (group / used).exists():
-            bound = (group / limit).read_text().strip()
-            if bound != "max" and int(bound) < _UNLIMITED:
-                free = min(free, max(0, int(bound) - int((group / used).read_text())))
+        if not limit.exists() or not used.exists():
+            continue
+        bound = limit.read_text().strip()
+        if bound != "max" and int(bound) < _UNLIMITED:
+            free = min(free, max(0, int(bound) - int(used.read_text())))
     return free
 
 
@@ -158,22 +169,25 @@ def find_device() -> Device:
 
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        return Device(torch.cuda.get_device_name(), free, torch.cuda.is_bf16_supported(), True)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return Device(torch.cuda.get_device_name(), free, torch.cuda.is_bf16_supported(), is_gpu=True)
     # Other accelerators of a desktop machine share its memory.
-    return Device(
-        accelerator.type if accelerator else "none, the CPU trains", free_ram(), True, accelerator is not None
-    )
+    if torch.accelerator.is_available():
+        return Device(torch.accelerator.current_accelerator().type, free_ram(), bf16=True, is_gpu=True)
+    return Device("none, the CPU trains", free_ram(), bf16=True, is_gpu=False)
 
 
 def check_machine(device: Device) -> Iterator[Finding]:
     """Say what the machine computes with."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # of these, what this process may use; macOS does not say
+        cores = len(os.sched_getaffinity(0))
     yield Finding(OK, "CPU", f"{cores} cores, {free_ram() / GIB:.1f} GiB of memory free")
     if not device.is_gpu:
         yield Finding(NOTE, "GPU", f"{device.name}; recipe tiny is made for that")
         return
-    bf16 = "bfloat16" if device.bf16 else "no bfloat16"
+    bf16 = "no bfloat16"
+    if device.bf16:
+        bf16 = "bfloat16"
     yield Finding(OK, "GPU", f"{device.name}, {device.free / GIB:.1f} GiB free, {bf16}")
 
 
@@ -192,10 +206,13 @@ def check_hub(endpoint: str, seconds: float = _HUB_SECONDS) -> Finding:
         except (OSError, ValueError) as error:
             answers.append(f"no answer: {error}")
 
+    # In a thread of its own, because nothing else ends a wait for a name server.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(seconds)
-    answer = answers[0] if answers else f"no answer within {seconds:g} s"
+    answer = f"no answer within {seconds:g} s"
+    if answers:
+        answer = answers[0]
     if answer.startswith("status"):
         return Finding(OK, "Hub", f"{endpoint} answers ({answer})")
     return Finding(NOTE, "Hub", f"{endpoint}: {answer}; recipe tiny needs no Hub")
@@ -203,39 +220,67 @@ def check_hub(endpoint: str, seconds: float = _HUB_SECONDS) -> Finding:
 
 def check_inputs(recipe: "Recipe", online: bool) -> Iterator[Finding]:
     """Say what the stage starts from and reads, and what of it can be had neither here nor from the Hub."""
-    from siq_vl.data.sources import FIGURES
+    yield from _check_model(recipe, online)
+    yield from _check_data(recipe, online)
+
+
+def _check_model(recipe: "Recipe", online: bool) -> Iterator[Finding]:
+    """Look for the checkpoint that the stage starts from, or for the backbones that one is made of."""
     from siq_vl.training.recipes import backbones_of, starting_checkpoint
 
-    wanted = [("model", name) for name in backbones_of(recipe) if name]
-    if recipe.stage != "1" and not recipe.model.random_weights:
+    if recipe.model.random_weights:
+        return
+    wanted = [name for name in backbones_of(recipe) if name]
+    if recipe.stage != "1":
         try:
             start = starting_checkpoint(recipe)
-            yield Finding(OK, "start", start)
-            wanted = [("model", start)]
         except ValueError as error:
             yield Finding(NOTE, "start", str(error))
-    if recipe.model.random_weights:
-        wanted = []
-    if recipe.traces is None:
-        wanted += [("dataset", source.path) for source in recipe.data.sources if source.path != FIGURES]
-    elif (REPO_ROOT / recipe.traces.traces).exists() or Path(recipe.traces.traces).exists():
-        yield Finding(OK, "traces", recipe.traces.traces)
-    else:
-        made = f"python generate_traces.py --output {recipe.traces.traces}"
-        yield Finding(NOTE, "traces", f"{recipe.traces.traces} is not there yet: {made}")
-    for kind, name in dict.fromkeys(wanted):
-        if any((base / name).exists() for base in (Path(), REPO_ROOT)):
-            yield Finding(OK, kind, f"{name} is here")
-        elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).suffix in (".json", ".jsonl", ".parquet"):
-            yield Finding(PROBLEM, kind, f"{name} is not here", "put it there, or name another path")
-        elif _is_cached(kind, name):
-            yield Finding(OK, kind, f"{name} is in the Hub's cache")
-        elif online:
-            yield Finding(NOTE, kind, f"{name} will be downloaded")
         else:
-            option = "--sources figures" if kind == "dataset" else "--random_weights true, to measure only"
-            fix = f"connect to the Hub once, copy it here and name the folder, or pass {option}"
-            yield Finding(PROBLEM, kind, f"{name} is not here, and the Hub does not answer", fix)
+            yield Finding(OK, "start", start)
+            wanted = [start]
+    for name in dict.fromkeys(wanted):
+        yield _look_for("model", name, recipe.has(name), online, otherwise="--random_weights true, to measure only")
+
+
+def _check_data(recipe: "Recipe", online: bool) -> Iterator[Finding]:
+    """Look for the traces, or for the sources of the mixture."""
+    from siq_vl.data.mixture_config import FIGURES
+
+    if recipe.traces is None:
+        paths = [source.path for source in recipe.data.sources if source.path != FIGURES]
+        for path in dict.fromkeys(paths):
+            yield _look_for("dataset", path, recipe.has(path), online, otherwise="--sources figures")
+        return
+    store = recipe.traces.traces
+    if recipe.has(store):
+        yield Finding(OK, "traces", store)
+    else:
+        command = f"python generate_traces.py --output {store}"
+        yield Finding(NOTE, "traces", f"{store} is not there yet: {command}")
+
+
+def _look_for(kind: str, name: str, here: bool, online: bool, otherwise: str) -> Finding:
+    """Say where a model or data set is: here, in the Hub's cache, on the Hub, or nowhere.
+
+    Args:
+        kind: "model" or "dataset".
+        name: a path, or an id on the Hub.
+        here: whether it is on this machine.
+        online: whether the Hub answers.
+        otherwise: the option that does without it.
+    """
+    if here:
+        return Finding(OK, kind, f"{name} is here")
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    if not is_id or Path(name).suffix in (".json", ".jsonl", ".parquet"):
+        return Finding(PROBLEM, kind, f"{name} is not here", "put it there, or name another path")
+    if _is_cached(kind, name):
+        return Finding(OK, kind, f"{name} is in the Hub's cache")
+    if online:
+        return Finding(NOTE, kind, f"{name} will be downloaded")
+    fix = f"connect to the Hub once, copy it here and name the folder, or pass {otherwise}"
+    return Finding(PROBLEM, kind, f"{name} is not here, and the Hub does not answer", fix)
 
 
 def _is_cached(kind: str, name: str) -> bool:
@@ -248,7 +293,7 @@ def _is_cached(kind: str, name: str) -> bool:
 
 def check_settings(recipe: "Recipe", device: Device) -> Iterator[Finding]:
     """Say which settings of the recipe this machine cannot run, memory apart."""
-    if recipe.adapter.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+    if recipe.model.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         fix = f"pip install -r {requirements_file().name}, or --load_in_4bit false"
         yield Finding(PROBLEM, "load_in_4bit", "bitsandbytes is not installed", fix)
     if recipe.training.bf16 and not device.bf16:
@@ -269,18 +314,14 @@ def parse(stage: str, name: str, overrides: list[str]) -> "Recipe":
 
 def memory_of(recipe: "Recipe") -> Callable[["Recipe"], int]:
     """Return a function from a recipe to its predicted bytes; model and longest row are looked at once."""
-    from siq_vl.planning.plan import longest_row, predicted_memory
+    from siq_vl.planning.plan import longest_row, memory_of_run
     from siq_vl.planning.sizes import count
     from siq_vl.training.backbones import planned_config
 
     config, _ = planned_config(recipe)
-    sizes = count(config, recipe.stage, recipe.adapter)
-    length = longest_row(recipe, TASKS[recipe.stage])
-
-    def predict(changed: "Recipe") -> int:
-        return predicted_memory(changed, config, sizes, changed.training.per_device_train_batch_size, length).total
-
-    return predict
+    sizes = count(config, recipe.stage, recipe.model)
+    longest = longest_row(recipe)
+    return lambda changed: memory_of_run(changed, config, sizes, longest).total
 
 
 def changes(recipe: "Recipe") -> list[list[str]]:
@@ -290,26 +331,39 @@ def changes(recipe: "Recipe") -> list[list[str]]:
     bfloat16, NF4; then all of them one upon the other.
     """
     training = recipe.training
-    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-
-    def batch_of(size: int) -> list[str]:
-        options = ["--per_device_train_batch_size", str(size)]
-        if not recipe.run.effective_batch_size:
-            options += ["--gradient_accumulation_steps", str(accumulation * (batch // size))]
-        return options
-
-    sizes = [size for size in range(batch - 1, 0, -1) if batch % size == 0]
+    found = []
+    smaller = []  # the last is a batch of one row
+    for size in range(training.per_device_train_batch_size - 1, 0, -1):
+        if training.per_device_train_batch_size % size == 0:
+            smaller.append(_batch_of(size, recipe))
+    found += smaller
     others = []
     if not training.gradient_checkpointing:
         others.append(["--gradient_checkpointing", "true"])
     if training.bf16 and recipe.model.dtype == "float32":
         others.append(["--dtype", "bfloat16"])
     four_bit = importlib.util.find_spec("bitsandbytes") is not None and recipe.stage != "1"
-    if four_bit and not recipe.adapter.load_in_4bit:
+    if four_bit and not recipe.model.load_in_4bit:
         others.append(["--load_in_4bit", "true"])
-    together = batch_of(1) if batch > 1 else []
-    pile = [together := [*together, *other] for other in others]
-    return [*map(batch_of, sizes), *others, *(options for options in pile if options not in others)]
+    found += others
+    pile: list[str] = []
+    if smaller:
+        pile += smaller[-1]
+    for other in others:
+        pile = [*pile, *other]
+        if pile not in found:  # where the batch is one row already, the first of them is no pile
+            found.append(pile)
+    return found
+
+
+def _batch_of(size: int, recipe: "Recipe") -> list[str]:
+    """Return the options for a smaller batch that leave the effective batch size alone."""
+    training = recipe.training
+    options = ["--per_device_train_batch_size", str(size)]
+    if not recipe.run.effective_batch_size:
+        accumulation = training.gradient_accumulation_steps * (training.per_device_train_batch_size // size)
+        options += ["--gradient_accumulation_steps", str(accumulation)]
+    return options
 
 
 def check_memory(stage: str, name: str, overrides: list[str], free: int, place: str) -> Finding:
@@ -341,11 +395,17 @@ def check_disk(recipe: "Recipe") -> Finding:
     from siq_vl.training.backbones import planned_config
 
     config, _ = planned_config(recipe)
-    sizes = count(config, recipe.stage, recipe.adapter)
-    kept = 0 if recipe.training.save_strategy == "no" else (recipe.training.save_total_limit or 1) + 1
-    needed = 4 * (sizes.total - sizes.pooling_head) + kept * 12 * sizes.trainable  # weights and AdamW's two moments
+    sizes = count(config, recipe.stage, recipe.model)
+    needed = 4 * (sizes.total - sizes.pooling_head)
+    if recipe.training.save_strategy != "no":
+        # A new one is written before the oldest goes. Each has what trains, and AdamW's two moments of it.
+        checkpoints = (recipe.training.save_total_limit or 1) + 1
+        needed += checkpoints * 12 * sizes.trainable
     folder = Path(recipe.training.output_dir).absolute()
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    # The run will make the folder: its disk is that of the first parent that is there.
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     text = f"{needed / GIB:.2f} GiB written, {free / GIB:.1f} GiB free"
     if needed > free:
         return Finding(PROBLEM, "disk", text, "--output_dir on a larger disk")
@@ -372,8 +432,10 @@ def examine(stage: str, name: str, overrides: list[str]) -> Iterator[Finding]:
         return
     yield from check_inputs(recipe, hub.level == OK)
     yield from check_settings(recipe, device)
+    place = "this machine"
+    if device.is_gpu:
+        place = "the GPU"
     try:
-        place = "the GPU" if device.is_gpu else "this machine"
         yield check_memory(stage, name, overrides, device.free, place)
         yield check_disk(recipe)
     except OSError as error:
@@ -384,14 +446,17 @@ def examine(stage: str, name: str, overrides: list[str]) -> Iterator[Finding]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="tiny", help="a folder of recipes/")
-    parser.add_argument("--stage", choices=sorted(TASKS), default="1")
+    parser.add_argument("--stage", choices=("1", "2", "3"), default="1")
     options, overrides = parser.parse_known_args()
     cli.say(f"recipe {options.recipe}, stage {options.stage}\n")
     broken = 0
     for finding in examine(options.stage, options.recipe, overrides):
         cli.say(str(finding))
         broken += finding.level == PROBLEM
-    cli.say(f"\n{broken} problems" if broken else "\nnothing would break")
+    if broken:
+        cli.say(f"\n{broken} problems")
+    else:
+        cli.say("\nnothing would break")
     sys.exit(1 if broken else 0)
 
 

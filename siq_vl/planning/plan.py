@@ -6,28 +6,17 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import yaml
-
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.data.collation import IGNORED, ConversationCollator
+from siq_vl.data.mixture_config import FIGURES
 from siq_vl.data.mixtures import Mixture, build_mixture
 from siq_vl.data.packing import fill, padding_share
-from siq_vl.data.sources import FIGURES
-from siq_vl.distill.training_rows import TrainingTraces
-from siq_vl.planning.sizes import Memory, Sizes, count, memory_table, size_table, training_memory
+from siq_vl.planning.sizes import Memory, Sizes, count, memory_table, predicted_memory, size_table
 from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.training.arguments import ADAPTER_FIELDS, DataArguments, ModelArguments
 from siq_vl.training.backbones import planned_config, stand_in_processor
 from siq_vl.training.checkpoints import samples_a_step
-from siq_vl.training.recipes import (
-    RECIPES,
-    REPO_ROOT,
-    AdapterArguments,
-    DataArguments,
-    Recipe,
-    backbones_of,
-    local_or_hub,
-    starting_checkpoint,
-)
+from siq_vl.training.recipes import Recipe, backbones_of, read_settings, starting_checkpoint
 from siq_vl.training.run import rows_needed, traces_for_stage
 from siq_vl.training.stored_features import feature_plan
 
@@ -35,6 +24,21 @@ logger = logging.getLogger(__name__)
 
 _SAMPLED_ROWS = 64
 _ASSUMED_LENGTH = 1024  # where no row can be read
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """The data of a run, as far as they can be seen here.
+
+    Args:
+        text: what to say of them.
+        rows: training rows to look at; None where none can be read here.
+        available: different rows that there are; None where a source has no end, or nobody knows.
+    """
+
+    text: str
+    rows: Iterable[Mapping] | None = None
+    available: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,98 +75,149 @@ def plan(recipe: Recipe, task: str) -> str:
         ValueError: the recipe cannot run.
     """
     config, source = planned_config(recipe)
-    sizes = count(config, recipe.stage, recipe.adapter)
-    mixture, data = _data(recipe, task) if recipe.traces is None else _traces(recipe)
-    counted, tokens = _tokens(recipe, config, mixture)
-    length = counted.longest if counted else _ASSUMED_LENGTH
-    batch = recipe.training.per_device_train_batch_size
-    if recipe.run.batching == "packed":
-        batch, length = 1, max(length, min(recipe.run.pack_tokens, batch * length))
-    memory = predicted_memory(recipe, config, sizes, batch, length)
+    sizes = count(config, recipe.stage, recipe.model)
+    data = _data(recipe, task)
+    counted, tokens = _tokens(recipe, config, data)
+    batch, length = batch_on_device(recipe, _longest(counted))
+    memory = memory_of_run(recipe, config, sizes, _longest(counted))
+
+    model = f"{source}\n{config.image_seq_length} tokens an image"
+    if recipe.model.random_weights:
+        model += "\nrandom weights: good for measuring, for nothing else"
+    parameters = size_table(sizes, recipe.model.lora_r)
+    if recipe.stage == "1":
+        parameters += f"\n\n{_trained(recipe, config)}"
+    rows_an_epoch = rows_needed(recipe) or data.available
     sections = {
-        "Model": f"{source}\n{config.image_seq_length} tokens an image{_random_note(recipe)}",
-        "Parameters": "\n\n".join(filter(None, [size_table(sizes, recipe.adapter.lora_r), _trained(recipe, config)])),
-        "Data": data,
-        "Steps": _steps(recipe, mixture),
+        "Model": model,
+        "Parameters": parameters,
+        "Data": data.text,
+        "Steps": _steps(recipe, rows_an_epoch),
         "Tokens": tokens,
-        "Vision features": feature_plan(recipe, config, _rows_an_epoch(recipe, mixture), _available(mixture)),
+        "Vision features": feature_plan(recipe, config, rows_an_epoch, data.available),
         f"Memory of one device, predicted for {batch} x {length} tokens": memory_table(memory),
     }
-    title = f"Plan of stage {recipe.stage}, recipe {recipe.title}"
-    return "\n\n".join([title, *(f"{heading}\n\n{text}" for heading, text in sections.items())])
+    text = f"Plan of stage {recipe.stage}, recipe {recipe.title}"
+    for heading, section in sections.items():
+        text += f"\n\n{heading}\n\n{section}"
+    return text
 
 
-def predicted_memory(
-    recipe: Recipe, config: SiQVLConfig, sizes: Sizes, batch_size: int, length: int, supervised: int | None = None
-) -> Memory:
-    """Return the estimate of `siq_vl.planning.sizes`, with the frozen weights in the type that the recipe holds them in.
+def batch_on_device(recipe: Recipe, longest: int) -> tuple[int, int]:
+    """Return the rows that a device has at once, and the tokens of each.
+
+    Args:
+        recipe: what would be run.
+        longest: tokens of the longest row of its data.
+    """
+    batch = recipe.training.per_device_train_batch_size
+    if recipe.run.batching != "packed":
+        return batch, longest
+    # One packed row, as full as the batch's rows can make it.
+    return 1, max(longest, min(recipe.run.pack_tokens, batch * longest))
+
+
+def memory_of_run(recipe: Recipe, config: SiQVLConfig, sizes: Sizes, longest: int) -> Memory:
+    """Return what a device of a run holds at most, predicted for rows as long as the longest of its data.
 
     Args:
         recipe: what would be run.
         config: of its model.
         sizes: of its model.
-        batch_size: samples on the device at once.
-        length: tokens of a sample, image tokens included.
-        supervised: tokens of the batch that have a label.
+        longest: tokens of the longest row of its data.
     """
-    training = recipe.training
-    return training_memory(
-        config,
-        sizes,
-        batch_size,
-        length,
-        bf16=training.bf16,
-        checkpointing=training.gradient_checkpointing,
-        supervised=supervised,
-        bf16_weights=recipe.model.dtype == "bfloat16",
-        nf4=recipe.adapter.load_in_4bit and recipe.stage != "1",
-        nested=recipe.adapter.use_bnb_nested_quant,
-        device="cpu" if training.use_cpu else "cuda",
-    )
+    batch, length = batch_on_device(recipe, longest)
+    return predicted_memory(recipe, config, sizes, batch, length)
 
 
-def _random_note(recipe: Recipe) -> str:
-    return "\nrandom weights: good for measuring, for nothing else" if recipe.model.random_weights else ""
+def longest_row(recipe: Recipe) -> int:
+    """Return the tokens of the longest of some rows, or an assumed length where no row can be read here."""
+    config, _ = planned_config(recipe)
+    counted, _ = _tokens(recipe, config, _data(recipe, recipe.task))
+    return _longest(counted)
+
+
+def _longest(counted: TokenCounts | None) -> int:
+    if counted is None:
+        return _ASSUMED_LENGTH
+    return counted.longest
 
 
 def _trained(recipe: Recipe, config: SiQVLConfig) -> str:
-    """Say what share trains; in stage 1, also what stage 2 of the same recipe will make of it."""
+    """Say what share stage 1 trains, and what stage 2 of the same recipe will make of it."""
+    adapters = {"1": recipe.model}
+    if recipe.folder is not None and (recipe.folder / "stage2.yaml").exists():
+        adapters["2"] = _adapter_in(recipe.folder / "stage2.yaml")
     lines = []
-    for stage, adapter in (("1", recipe.adapter), ("2", _adapter_of_stage_2(recipe))):
-        if recipe.stage == "1" and adapter is not None:
-            sizes = count(config, stage, adapter)
-            lora = f" with LoRA r={adapter.lora_r}" if sizes.lora else ""
-            share = f"{100 * sizes.trainable_share:.2f}%"
-            lines.append(f"stage {stage}{lora} trains {sizes.trainable:,} of {sizes.total:,} = {share}")
+    for stage, adapter in adapters.items():
+        sizes = count(config, stage, adapter)
+        how = f"stage {stage}"
+        if sizes.lora:
+            how += f" with LoRA r={adapter.lora_r}"
+        share = f"{100 * sizes.trainable_share:.2f}%"
+        lines.append(f"{how} trains {sizes.trainable:,} of {sizes.total:,} = {share}")
     return "\n".join(lines)
 
 
-def _adapter_of_stage_2(recipe: Recipe) -> AdapterArguments | None:
-    path = RECIPES / recipe.name / "stage2.yaml"
-    if not path.exists():
-        return None
-    fields = AdapterArguments.__dataclass_fields__
-    stated = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return AdapterArguments(**{name: value for name, value in stated.items() if name in fields})
+def _adapter_in(path: Path) -> ModelArguments:
+    """Return what a stage's file says of the adapter."""
+    stated = read_settings(path)
+    return ModelArguments(**{name: value for name, value in stated.items() if name in ADAPTER_FIELDS})
 
 
-def _data(recipe: Recipe, task: str) -> tuple[Mixture | None, str]:
-    """Open the sources and look some of their rows through; return the mixture and what to say of it."""
-    data = recipe.data
+def _data(recipe: Recipe, task: str) -> PlannedData:
+    """Look through what the run reads: traces in stage 3, else the sources of its mixture."""
+    if recipe.traces is not None:
+        return _traces(recipe)
+    wanted = _SAMPLED_ROWS
     try:
         needed = rows_needed(recipe)
-        count = min(needed, _SAMPLED_ROWS) if needed else _SAMPLED_ROWS
-        mixture = build_mixture(_streamed(data), task, count, base=REPO_ROOT)
+        if needed:
+            wanted = min(needed, _SAMPLED_ROWS)
+        mixture = build_mixture(_streamed(recipe), task, wanted, places=recipe.places)
     except (OSError, ValueError) as error:
-        total = sum(source.weight or 1 for source in data.sources)
-        lines = [f"{(source.weight or 1) / total:.1%}  {source.name}" for source in data.sources]
-        return None, "\n".join([*lines, f"cannot be read here: {_line(error)}"])
-    withheld = "\npictures are withheld" if data.blind else ""
-    return mixture, f"{mixture.report.table()}\n\n({count} rows are looked at for this plan){withheld}"
+        return PlannedData(f"{_shares(recipe.data)}\ncannot be read here: {_line(error)}")
+    text = f"{mixture.report.table()}\n\n({wanted} rows are looked at for this plan)"
+    if recipe.data.blind:
+        text += "\npictures are withheld"
+    return PlannedData(text, mixture.rows, _available(mixture))
 
 
-def _traces(recipe: Recipe) -> tuple[TrainingTraces | None, str]:
-    """Open the store of traces; return its rows and what to say of it."""
+def _shares(data: DataArguments) -> str:
+    """Name the sources of a mixture, each with its share of the rows."""
+    total = sum(source.weight or 1 for source in data.sources)
+    lines = []
+    for source in data.sources:
+        lines.append(f"{(source.weight or 1) / total:.1%}  {source.name}")
+    return "\n".join(lines)
+
+
+def _available(mixture: Mixture) -> int | None:
+    """Return the different rows of all sources; None where one has no end, or nobody knows."""
+    available = 0
+    for source in mixture.report.sources:
+        if source.available is None:
+            return None
+        available += source.available
+    return available
+
+
+def _streamed(recipe: Recipe) -> DataArguments:
+    """Return the mixture with sources from the Hub as streams: a plan downloads no data set."""
+    sources = []
+    any_away = False
+    for source in recipe.data.sources:
+        # Streams have no size to be mixed by, so all sources get a weight once one is a stream.
+        away = source.path != FIGURES and not recipe.has(source.path)
+        any_away = any_away or away
+        sources.append(replace(source, streaming=source.streaming or away, weight=source.weight or 1.0))
+    if not any_away:
+        return recipe.data
+    return replace(recipe.data, sources=sources)
+
+
+def _traces(recipe: Recipe) -> PlannedData:
+    """Open the store of traces."""
     config = recipe.traces
     named = f"traces of {config.traces}, teachers: {', '.join(config.teachers) or 'all of the store'}"
     if config.student == "text":
@@ -170,30 +225,15 @@ def _traces(recipe: Recipe) -> tuple[TrainingTraces | None, str]:
     try:
         processor = _processor(recipe)
     except (OSError, ValueError):
-        processor = None
+        processor = None  # no trace is then left out for its length
     try:
         traces = traces_for_stage(recipe, processor)
     except (OSError, ValueError) as error:
-        return None, f"{named}\ncannot be read here: {_line(error)}"
-    return traces, f"{named}\n{traces.report.table()}"
+        return PlannedData(f"{named}\ncannot be read here: {_line(error)}")
+    return PlannedData(f"{named}\n{traces.report.table()}", traces.rows, len(traces.rows))
 
 
-def _streamed(data: DataArguments) -> DataArguments:
-    """Return the mixture with sources from the Hub as streams: a plan downloads no data set."""
-    remote = [
-        source.path != FIGURES and not any((base / source.path).exists() for base in (Path(), REPO_ROOT))
-        for source in data.sources
-    ]
-    if not any(remote):
-        return data
-    sources = [
-        replace(source, streaming=source.streaming or away, weight=source.weight or 1.0)
-        for source, away in zip(data.sources, remote, strict=True)
-    ]
-    return replace(data, sources=sources)
-
-
-def _steps(recipe: Recipe, mixture: Mixture | TrainingTraces | None) -> str:
+def _steps(recipe: Recipe, rows_an_epoch: int | None) -> str:
     training = recipe.training
     each = samples_a_step(recipe)
     how = (
@@ -203,38 +243,26 @@ def _steps(recipe: Recipe, mixture: Mixture | TrainingTraces | None) -> str:
     if training.max_steps > 0:
         return f"{training.max_steps:,} steps, {training.max_steps * each:,} samples\n{how}"
     epochs = f"{training.num_train_epochs:g} epochs"
-    rows = _rows_an_epoch(recipe, mixture)
-    if not rows:
+    if not rows_an_epoch:
         return f"{epochs}; the number of steps is known once the data can be read\n{how}"
-    return f"at most {-(-rows // each) * training.num_train_epochs:,.0f} steps, {epochs} of {rows:,} rows\n{how}"
+    steps = -(-rows_an_epoch // each) * training.num_train_epochs  # the last one may have fewer samples
+    return f"at most {steps:,.0f} steps, {epochs} of {rows_an_epoch:,} rows\n{how}"
 
 
-def _rows_an_epoch(recipe: Recipe, mixture: Mixture | TrainingTraces | None) -> int | None:
-    """Return the rows of an epoch, at most; None where they are not known yet."""
-    return rows_needed(recipe) or _available(mixture)
-
-
-def _available(mixture: Mixture | TrainingTraces | None) -> int | None:
-    """Return the different rows that there are; None where a source has no end, or nobody knows."""
-    if isinstance(mixture, TrainingTraces):
-        return len(mixture.rows)
-    counts = [source.available for source in mixture.report.sources] if mixture else [None]
-    return None if None in counts else sum(counts)
-
-
-def _tokens(
-    recipe: Recipe, config: SiQVLConfig, mixture: Mixture | TrainingTraces | None
-) -> tuple[TokenCounts | None, str]:
+def _tokens(recipe: Recipe, config: SiQVLConfig, data: PlannedData) -> tuple[TokenCounts | None, str]:
+    """Count the tokens of some rows, where rows and tokenizer are here; return the counts and what to say."""
     images = f"{config.image_seq_length} an image"
-    if mixture is None:
+    if data.rows is None:
         return None, f"{images}; texts are counted where the data can be read"
     try:
         processor = _processor(recipe)
     except (OSError, ValueError) as error:
         return None, f"{images}; texts are not counted, the tokenizer is not here: {_line(error)}"
-    counted = count_tokens(processor, islice(mixture.rows, _SAMPLED_ROWS))
-    steps = recipe.training.max_steps
-    total = f"; about {counted.mean * steps * samples_a_step(recipe):,.0f} in all" if steps > 0 else ""
+    counted = count_tokens(processor, islice(data.rows, _SAMPLED_ROWS))
+    total = ""
+    if recipe.training.max_steps > 0:
+        samples = recipe.training.max_steps * samples_a_step(recipe)
+        total = f"; about {counted.mean * samples:,.0f} in all"
     return counted, (
         f"{counted.mean:.1f} a row, {counted.image:.1f} of them of images, {counted.supervised:.1f} supervised; the "
         f"longest row has {counted.longest} ({counted.rows} rows counted){total}\n{_batching(recipe, counted.lengths)}"
@@ -253,28 +281,27 @@ def _batching(recipe: Recipe, lengths: Sequence[int]) -> str:
     return text
 
 
-def longest_row(recipe: Recipe, task: str) -> int:
-    """Return the tokens of the longest of some rows, or an assumed length where no row can be read here."""
-    rows, _ = _data(recipe, task) if recipe.traces is None else _traces(recipe)
-    counted, _ = _tokens(recipe, planned_config(recipe)[0], rows)
-    return counted.longest if counted else _ASSUMED_LENGTH
-
-
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:240]
 
 
 def _processor(recipe: Recipe) -> SiQVLProcessor:
-    if recipe.stage != "1" and not recipe.model.random_weights:
+    """Return the processor that the run would have, or one that makes the same tokens.
+
+    Raises:
+        OSError: a backbone is neither here nor to be had from the Hub.
+        ValueError: a backbone's files are of another kind.
+    """
+    if recipe.model.random_weights:
+        return stand_in_processor(planned_config(recipe)[0])
+    if recipe.stage != "1":
         try:
             return SiQVLProcessor.from_pretrained(starting_checkpoint(recipe), trust_remote_code=True)
         except ValueError:
             logger.info("texts are counted with the tokenizer of the recipe's language model")
-    if recipe.model.random_weights:
-        return stand_in_processor(planned_config(recipe)[0])
     tower, language_model = backbones_of(recipe)
     return SiQVLProcessor.from_backbones(
-        local_or_hub(tower), local_or_hub(language_model), pixel_shuffle_factor=recipe.model.pixel_shuffle_factor
+        recipe.find(tower), recipe.find(language_model), pixel_shuffle_factor=recipe.model.pixel_shuffle_factor
     )
 
 
@@ -286,14 +313,10 @@ def count_tokens(processor: SiQVLProcessor, rows: Iterable[Mapping]) -> TokenCou
         rows: rows for `ConversationCollator`.
     """
     collate = ConversationCollator(processor)
-    whole, image, supervised = [], [], []
+    lengths, image, supervised = [], 0, 0
     for row in rows:
         batch = collate([row])
-        whole.append(batch["input_ids"].numel())
-        image.append(int((batch["input_ids"] == processor.image_token_id).sum()))
-        supervised.append(int((batch["labels"] != IGNORED).sum()))
-    return TokenCounts(
-        lengths=whole,
-        image=sum(image) / len(whole),
-        supervised=sum(supervised) / len(whole),
-    )
+        lengths.append(batch["input_ids"].numel())
+        image += int((batch["input_ids"] == processor.image_token_id).sum())
+        supervised += int((batch["labels"] != IGNORED).sum())
+    return TokenCounts(lengths, image / len(lengths), supervised / len(lengths))

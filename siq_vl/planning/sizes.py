@@ -6,39 +6,26 @@ Parameters and training memory of a model, from configurations alone: nothing is
     python -m siq_vl.planning.sizes --recipe tiny --stage 1 --length 256
 
 `--recipe` takes backbones, rank, batch size, precision and checkpointing from one stage of a recipe; every option given
-beside it wins. The memory is the peak of one device's tensors, with pixels and a frozen tower: it leaves out what the
+beside it wins. The memory is the peak of one GPU's tensors, with pixels and a frozen tower: it leaves out what the
 framework itself takes (a CUDA context, fragmentation), and nothing is shared out over devices. `benchmarks/memory.py`
 holds it against what is measured.
 """
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModel, PretrainedConfig
-from trl import SFTConfig
 
 from siq_vl import cli
-from siq_vl.configuration_siq_vl import DEFAULT_TEXT_CONFIG, DEFAULT_VISION_CONFIG, TRANSFORMERS_4, SiQVLConfig
+from siq_vl.configuration_siq_vl import TRANSFORMERS_4, SiQVLConfig
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
-from siq_vl.training.recipes import STAGES, AdapterArguments, ModelArguments, local_or_hub, parse_recipe
+from siq_vl.training.arguments import STAGES, ModelArguments
+from siq_vl.training.backbones import LANGUAGE_MODEL, model_config
+from siq_vl.training.recipes import Recipe, parse_recipe
 from siq_vl.training.stages import freeze_for_stage
 
-VISION_TOWER, LANGUAGE_MODEL = "google/siglip2-large-patch16-512", "Qwen/Qwen2.5-0.5B-Instruct"
-
-# The backbones of the report's recipes, so that their sizes need no network.
-BACKBONES = {
-    VISION_TOWER: DEFAULT_VISION_CONFIG,
-    LANGUAGE_MODEL: DEFAULT_TEXT_CONFIG,
-    "Qwen/Qwen2.5-1.5B-Instruct": {
-        **DEFAULT_TEXT_CONFIG,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-    },
-}
 MIB = 2**20
 _TILE = (4096, 32_768)  # tokens and vocabulary entries that TRL's output layer works on at once
 _NF4_BLOCK, _NF4_NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share one
@@ -81,7 +68,7 @@ class Memory:
         gradients: of what trains; there in every forward pass but the first of an accumulated step.
         optimizer: AdamW's moments.
         activations: kept for the backward pass.
-        transient: what comes and goes, at its largest; see `transient_memory`.
+        transient: what comes and goes, at its largest, and never all of it at once.
     """
 
     weights: int
@@ -92,34 +79,58 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return self.weights + self.gradients + self.optimizer + self.activations + self.transient
 
 
-def backbone_config(name: str) -> PretrainedConfig:
-    """Return the configuration of a backbone: one of `BACKBONES`, a folder, or a Hub id."""
-    if name in BACKBONES:
-        known = dict(BACKBONES[name])
-        return AutoConfig.for_model(known.pop("model_type"), **known)
-    config = AutoConfig.from_pretrained(local_or_hub(name))
-    return config.vision_config if config.model_type == "siglip" else config
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What the memory of a run depends on, beside the model and the batch. Trained weights are always float32.
+
+    Args:
+        bf16: bfloat16 autocast, as in the recipes, or float32 throughout.
+        checkpointing: gradient checkpointing, by which a layer keeps its input alone.
+        bf16_weights: frozen weights in bfloat16 (`dtype: bfloat16`), or in float32.
+        nf4: the language model's linear layers in NF4 (`load_in_4bit`).
+        nested: their scales quantized, too (`use_bnb_nested_quant`).
+        on_cpu: where the output layer works in several float32 copies.
+    """
+
+    bf16: bool = True
+    checkpointing: bool = True
+    bf16_weights: bool = False
+    nf4: bool = False
+    nested: bool = True
+    on_cpu: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "TrainingSetup":
+        """Return the setup of a recipe's stage."""
+        return cls(
+            bf16=recipe.training.bf16,
+            checkpointing=recipe.training.gradient_checkpointing,
+            bf16_weights=recipe.model.dtype == "bfloat16",
+            nf4=recipe.model.load_in_4bit and recipe.stage != "1",
+            nested=recipe.model.use_bnb_nested_quant,
+            on_cpu=recipe.training.use_cpu,
+        )
+
+    @property
+    def computed_bytes(self) -> int:
+        """Bytes of a number that a linear layer computes, or reads under autocast."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of a frozen weight that is not in NF4, and of a number of the stream between the layers."""
+        return 2 if self.bf16_weights else 4
+
+    @property
+    def casts_frozen(self) -> bool:
+        """Whether autocast copies frozen float32 weights to bfloat16."""
+        return self.bf16 and not self.bf16_weights
 
 
-def model_config(model: ModelArguments) -> SiQVLConfig:
-    """Return the configuration that stage 1 would build from a recipe's backbones."""
-    text = backbone_config(model.language_model or LANGUAGE_MODEL)
-    # Ids do not matter for sizes, and a small vocabulary would not have the default ones.
-    return SiQVLConfig(
-        vision_config=backbone_config(model.vision_tower or VISION_TOWER),
-        text_config=text,
-        projector_type=model.projector_type,
-        pixel_shuffle_factor=model.pixel_shuffle_factor,
-        image_token_id=0,
-        vision_start_token_id=1,
-        vision_end_token_id=2,
-    )
-
-
-def count(config: SiQVLConfig, stage: str, adapter: AdapterArguments) -> Sizes:
+def count(config: SiQVLConfig, stage: str, adapter: ModelArguments) -> Sizes:
     """Count the parameters of a model in a stage, on the meta device.
 
     Raises:
@@ -129,18 +140,50 @@ def count(config: SiQVLConfig, stage: str, adapter: AdapterArguments) -> Sizes:
     with torch.device("meta"):
         model = SiQVLForConditionalGeneration(config)
         tower = AutoModel.from_config(AutoConfig.for_model(**with_head))
-    parts = {name: _numel(module) for name, module in model.model.named_children()}
-    untied = 0 if config.tie_word_embeddings else model.lm_head.weight.numel()
+    # Counted before adapters are put into them.
+    vision_tower = _numel(model.model.vision_tower)
+    projector = _numel(model.model.projector)
+    language_model = _numel(model.model.language_model)
+    if not config.tie_word_embeddings:
+        language_model += model.lm_head.weight.numel()
     peft_config = freeze_for_stage(model, stage, adapter)
-    trained = get_peft_model(model, peft_config) if peft_config else model
+    trained = model
+    if peft_config is not None:
+        trained = get_peft_model(model, peft_config)
+    lora = trainable = 0
+    for name, weight in trained.named_parameters():
+        if "lora_" in name:
+            lora += weight.numel()
+        if weight.requires_grad:
+            trainable += weight.numel()
     return Sizes(
-        vision_tower=parts["vision_tower"],
-        pooling_head=_numel(tower) - parts["vision_tower"],
-        language_model=parts["language_model"] + untied,
-        lora=sum(weight.numel() for name, weight in trained.named_parameters() if "lora_" in name),
-        projector=parts["projector"],
-        trainable=sum(weight.numel() for weight in trained.parameters() if weight.requires_grad),
+        vision_tower=vision_tower,
+        pooling_head=_numel(tower) - vision_tower,
+        language_model=language_model,
+        lora=lora,
+        projector=projector,
+        trainable=trainable,
     )
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def predicted_memory(
+    recipe: Recipe, config: SiQVLConfig, sizes: Sizes, batch_size: int, length: int, supervised: int | None = None
+) -> Memory:
+    """Return what one device holds at most while a recipe's stage trains, in bytes.
+
+    Args:
+        recipe: what would be run.
+        config: of its model.
+        sizes: of its model.
+        batch_size: samples on the device at once.
+        length: tokens of a sample, image tokens included.
+        supervised: see `training_memory`.
+    """
+    return training_memory(config, sizes, batch_size, length, TrainingSetup.of(recipe), supervised)
 
 
 def training_memory(
@@ -148,57 +191,56 @@ def training_memory(
     sizes: Sizes,
     batch_size: int,
     length: int,
-    *,
-    bf16: bool = True,
-    checkpointing: bool = True,
+    setup: TrainingSetup,
     supervised: int | None = None,
-    bf16_weights: bool = False,
-    nf4: bool = False,
-    nested: bool = True,
-    device: str = "cuda",
 ) -> Memory:
     """Estimate what one device holds at most while it trains with a frozen tower, in bytes.
 
     Trained weights are float32 and have a gradient (4 bytes) and AdamW's two moments (8). Activations are those kept for
-    the backward pass, see `layer_activations`. With checkpointing each layer keeps its input alone.
+    the backward pass, see `layer_activations`.
 
     Args:
         config: configuration of the model.
         sizes: what `count` returned for it.
         batch_size: samples on the device at once.
         length: tokens of a sample, image tokens included.
-        bf16: bfloat16 autocast, as in the recipes, or float32 throughout.
-        checkpointing: gradient checkpointing.
+        setup: precision, checkpointing, device.
         supervised: tokens of the batch that have a label; all that are not of images where it is not known.
-        bf16_weights: frozen weights in bfloat16 (`dtype: bfloat16`), or in float32.
-        nf4: the language model's linear layers in NF4 (`load_in_4bit`).
-        nested: their scales quantized, too (`use_bnb_nested_quant`).
-        device: "cuda", or "cpu", where the output layer works in several float32 copies.
 
     Raises:
         ValueError: batch size or length below 1.
     """
     if batch_size < 1 or length < 1:
         raise ValueError(f"batch size is {batch_size} and length {length}; both must be at least 1")
-    text, tokens = config.text_config, batch_size * length
     if supervised is None:
         supervised = batch_size * max(1, length - config.image_seq_length)
-    adapted, stream = sizes.lora > 0, 2 if bf16_weights else 4
-    casts = layer_casts(text) if bf16 and not bf16_weights and not nf4 else 0
-    layer = tokens * layer_activations(text, bf16, adapted) + casts
-    layer_input = tokens * stream * text.hidden_size
-    width = config.vision_config.hidden_size * config.pixel_shuffle_factor**2
-    images = batch_size * config.image_seq_length * width * (2 if bf16 else 4)  # what the projector reads
-    # The last layer's output, which the final norm reads in float32, and embeddings with the images in their places.
-    kept = images + tokens * (4 * text.hidden_size + (stream if checkpointing else 0) * text.hidden_size)
-    kept += text.num_hidden_layers * (layer_input if checkpointing else layer)
-    passing = transient_memory(
-        config, batch_size, tokens, supervised, bf16=bf16, bf16_weights=bf16_weights, nf4=nf4, device=device
+    text, tokens = config.text_config, batch_size * length
+
+    # What one decoder layer would keep for its backward pass: activations, and autocast's copies of its weights.
+    layer = tokens * layer_activations(text, setup.bf16, adapted=sizes.lora > 0)
+    if setup.casts_frozen and not setup.nf4:
+        layer += layer_casts(text)
+    # What the projector reads, a block of patches a token.
+    block = config.vision_config.hidden_size * config.pixel_shuffle_factor**2
+    kept = batch_size * config.image_seq_length * block * setup.computed_bytes
+    # The last layer's output, which the final norm reads in float32.
+    kept += tokens * 4 * text.hidden_size
+    stream = tokens * setup.frozen_bytes * text.hidden_size
+    recomputed = 0
+    if setup.checkpointing:
+        # Embeddings with the images in their places, and every layer's input. One layer at a time is computed again.
+        kept += stream + text.num_hidden_layers * stream
+        recomputed = layer
+    else:
+        kept += text.num_hidden_layers * layer
+
+    # The peak is in the output layer, in the backward pass of a decoder layer, or before all that in the tower.
+    after_forward = max(
+        _output_layer_transient(config, supervised, setup), recomputed + _layer_transient(config, tokens, setup)
     )
-    recomputed = layer if checkpointing else 0
-    peak = max(kept + max(passing["output layer"], recomputed + passing["layer"]), passing["vision tower"])
+    peak = max(kept + after_forward, _tower_transient(config, batch_size, setup))
     return Memory(
-        weights=_weight_bytes(config, sizes, 2 if bf16_weights else 4, nf4, nested),
+        weights=_weight_bytes(config, sizes, setup),
         gradients=4 * sizes.trainable,
         optimizer=8 * sizes.trainable,
         activations=kept,
@@ -206,59 +248,61 @@ def training_memory(
     )
 
 
-def transient_memory(
-    config: SiQVLConfig,
-    batch_size: int,
-    tokens: int,
-    supervised: int,
-    *,
-    bf16: bool,
-    bf16_weights: bool,
-    nf4: bool,
-    device: str,
-) -> dict[str, int]:
-    """Bytes of what comes and goes in a step, beside the activations that are kept; never all of it at once.
+def _output_layer_transient(config: SiQVLConfig, supervised: int, setup: TrainingSetup) -> int:
+    """Bytes of one tile of the logits of supervised tokens, and of the gradient of the hidden states.
 
-    Args:
-        config: configuration of the model.
-        batch_size: samples on the device at once.
-        tokens: tokens of the batch.
-        supervised: tokens that have a label.
-        bf16: bfloat16 autocast.
-        bf16_weights: frozen weights in bfloat16.
-        nf4: the language model's linear layers in NF4.
-        device: see `training_memory`.
-
-    Returns:
-        `output layer`: one tile of the logits of supervised tokens, TRL's 4096 x 32,768 at most, and the gradient of the
-        hidden states. `layer`: one decoder layer's backward pass. `vision tower`: one layer's forward pass.
+    TRL projects 4096 tokens at most to 32,768 vocabulary entries at most at once.
     """
-    text, vision, size = config.text_config, config.vision_config, 2 if bf16 else 4
-    inner, hidden = text.intermediate_size, text.hidden_size
-    cast = size if bf16 and not bf16_weights else 0  # copies of frozen float32 weights
-    entries = min(text.vocab_size, _TILE[1])
+    hidden, size = config.text_config.hidden_size, setup.computed_bytes
+    entries = min(config.text_config.vocab_size, _TILE[1])
     tile = min(supervised, _TILE[0]) * entries
     working = tile * size
-    if device == "cpu":  # eight float32 tiles for the gradient of the logits; then, of bfloat16 ones, float32 copies
-        working += max(tile * 8 * 4, (tile + entries * hidden) * 4 if bf16 else 0)
-    head = working + supervised * hidden * (4 + size) + entries * hidden * cast
-    backward = tokens * (3 * inner * size + 2 * hidden * 4) + (inner * hidden * size if nf4 else 0)
+    if setup.on_cpu:
+        # Eight float32 tiles for the gradient of the logits; or, later, float32 copies of bfloat16 tiles and weights.
+        copies = 0
+        if setup.bf16:
+            copies = (tile + entries * hidden) * 4
+        working += max(tile * 8 * 4, copies)
+    working += supervised * hidden * (4 + size)
+    if setup.casts_frozen:
+        working += entries * hidden * size
+    return working
+
+
+def _layer_transient(config: SiQVLConfig, tokens: int, setup: TrainingSetup) -> int:
+    """Bytes of one decoder layer's backward pass, beside what the layer has kept for it."""
+    inner, hidden, size = config.text_config.intermediate_size, config.text_config.hidden_size, setup.computed_bytes
+    backward = tokens * (3 * inner * size + 2 * hidden * 4)
+    if setup.nf4:
+        # One weight at a time is made whole again.
+        backward += inner * hidden * size
+    return backward
+
+
+def _tower_transient(config: SiQVLConfig, batch_size: int, setup: TrainingSetup) -> int:
+    """Bytes of the forward pass of one layer of the vision tower, which is frozen and keeps nothing."""
+    vision, size = config.vision_config, setup.computed_bytes
     patches = batch_size * (vision.image_size // vision.patch_size) ** 2
-    stream = 2 if bf16_weights else 4
-    tower = patches * (2 * vision.hidden_size * stream + 2 * vision.intermediate_size * size)
-    tower += vision.hidden_size * vision.intermediate_size * cast
-    return {"output layer": head, "layer": backward, "vision tower": tower}
+    forward = patches * (2 * vision.hidden_size * setup.frozen_bytes + 2 * vision.intermediate_size * size)
+    if setup.casts_frozen:
+        forward += vision.hidden_size * vision.intermediate_size * size
+    return forward
 
 
-def _weight_bytes(config: SiQVLConfig, sizes: Sizes, whole: int, nf4: bool, nested: bool) -> int:
-    """Bytes of the weights; `whole` is that of a frozen weight that is not in NF4."""
-    text = config.text_config
-    adapted = sizes.lora > 0
+def _weight_bytes(config: SiQVLConfig, sizes: Sizes, setup: TrainingSetup) -> int:
+    """Bytes of the weights, and of the untrained twin of the projector that PEFT keeps beside an adapter."""
     frozen = sizes.vision_tower + sizes.language_model
-    linear = text.num_hidden_layers * _linear_weights(text) if nf4 else 0
-    scales = 1 / _NF4_BLOCK + 4 / (_NF4_BLOCK * _NF4_NESTED_BLOCK) if nested else 4 / _NF4_BLOCK
-    trained = sizes.lora + sizes.projector * (2 if adapted else 1)
-    return round((frozen - linear) * whole + linear * (0.5 + scales) + 4 * trained)
+    trained = sizes.lora + sizes.projector
+    if sizes.lora:
+        trained += sizes.projector
+    if not setup.nf4:
+        return frozen * setup.frozen_bytes + 4 * trained
+    linear = config.text_config.num_hidden_layers * _linear_weights(config.text_config)
+    # A float32 scale a block; nested, a byte a block and a float32 scale a block of those.
+    scales = 4 / _NF4_BLOCK
+    if setup.nested:
+        scales = 1 / _NF4_BLOCK + 4 / (_NF4_BLOCK * _NF4_NESTED_BLOCK)
+    return round((frozen - linear) * setup.frozen_bytes + linear * (0.5 + scales) + 4 * trained)
 
 
 def layer_activations(text: PretrainedConfig, bf16: bool, adapted: bool) -> int:
@@ -268,14 +312,19 @@ def layer_activations(text: PretrainedConfig, bf16: bool, adapted: bool) -> int:
     activated gate, are in the autocast type. LoRA keeps the input of its linear layers: autocast makes a copy for each,
     without it layers share. Frozen linear layers keep no input, and neither does anything in the frozen tower.
     """
-    size, hidden, inner = (2 if bf16 else 4), text.hidden_size, text.intermediate_size
-    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    hidden, inner, head_dim = text.hidden_size, text.intermediate_size, _head_dim(text)
     queries = text.num_attention_heads * head_dim
-    keys = queries if TRANSFORMERS_4 else text.num_key_value_heads * head_dim  # transformers 4 repeats them for sdpa
-    kept = 2 * 4 * hidden + size * (2 * queries + 2 * keys + 3 * inner)
+    keys = text.num_key_value_heads * head_dim
+    if TRANSFORMERS_4:
+        keys = queries  # transformers 4 repeats them for sdpa
+    computed = 2 * queries + 2 * keys + 3 * inner
+    if not bf16:
+        if adapted:
+            computed += 2 * hidden + inner
+        return 2 * 4 * hidden + 4 * computed
     if adapted:
-        kept += size * (5 * hidden + queries + inner) if bf16 else size * (2 * hidden + inner)
-    return kept
+        computed += 5 * hidden + queries + inner
+    return 2 * 4 * hidden + 2 * computed
 
 
 def layer_casts(text: PretrainedConfig) -> int:
@@ -285,34 +334,42 @@ def layer_casts(text: PretrainedConfig) -> int:
 
 def _linear_weights(text: PretrainedConfig) -> int:
     """Weights of the seven linear layers of one decoder layer, without biases."""
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = 2 * text.num_attention_heads * head_dim + 2 * text.num_key_value_heads * head_dim
+    attention = 2 * (text.num_attention_heads + text.num_key_value_heads) * _head_dim(text)
     return text.hidden_size * (attention + 3 * text.intermediate_size)
+
+
+def _head_dim(text: PretrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def size_table(sizes: Sizes, lora_r: int) -> str:
     """Return the parameters as a markdown table, each part with its share of the total."""
-    rows = [
-        ("vision tower", sizes.vision_tower),
-        ("its pooling head (left out)", sizes.pooling_head),
-        ("**vision**", sizes.vision),
-        ("language model", sizes.language_model),
-        (f"LoRA, r={lora_r}" if sizes.lora else "LoRA: none in this stage", sizes.lora),
-        ("**text**", sizes.text),
-        ("**projector**", sizes.projector),
-        ("**total**", sizes.total),
-        ("**trainable**", sizes.trainable),
-    ]
+    adapter = "LoRA: none in this stage"
+    if sizes.lora:
+        adapter = f"LoRA, r={lora_r}"
+    parts = {
+        "vision tower": sizes.vision_tower,
+        "its pooling head (left out)": sizes.pooling_head,
+        "**vision**": sizes.vision,
+        "language model": sizes.language_model,
+        adapter: sizes.lora,
+        "**text**": sizes.text,
+        "**projector**": sizes.projector,
+        "**total**": sizes.total,
+        "**trainable**": sizes.trainable,
+    }
     lines = ["| part | parameters | share |", "|---|---:|---:|"]
-    lines += [f"| {name} | {number:,} | {100 * number / sizes.total:.2f}% |" for name, number in rows]
+    for name, number in parts.items():
+        lines.append(f"| {name} | {number:,} | {100 * number / sizes.total:.2f}% |")
     return "\n".join(lines)
 
 
 def memory_table(memory: Memory) -> str:
     """Return the memory as a markdown table."""
-    rows = [(field.name, getattr(memory, field.name)) for field in fields(memory)] + [("**total**", memory.total)]
     lines = ["| memory | MiB |", "|---|---:|"]
-    return "\n".join(lines + [f"| {name} | {number / MIB:,.1f} |" for name, number in rows])
+    for name, number in {**vars(memory), "**total**": memory.total}.items():
+        lines.append(f"| {name} | {number / MIB:,.1f} |")
+    return "\n".join(lines)
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -320,8 +377,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", help="a folder of recipes/; by default the report's model")
     parser.add_argument("--stage", choices=STAGES, default="2")
-    parser.add_argument("--vision_tower", help="a folder, a Hub id, or one of those known offline")
-    parser.add_argument("--language_model", help=f"likewise; known offline: {', '.join(BACKBONES)}")
+    parser.add_argument("--vision_tower", help="a folder or a Hub id")
+    parser.add_argument("--language_model", help="likewise; those of the recipes are known offline")
     parser.add_argument("--projector_type")
     parser.add_argument("--pixel_shuffle_factor", type=int)
     parser.add_argument("--lora_r", type=int)
@@ -336,34 +393,35 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction)
     parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction)
-    options = parser.parse_args(argv)
-    for name, value in _recipe_defaults(options.recipe, options.stage).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
+    # The first look says which recipe the other options default to.
+    chosen = parser.parse_args(argv)
+    parser.set_defaults(**_recipe_defaults(chosen.recipe, chosen.stage))
+    return parser.parse_args(argv)
 
 
-def _recipe_defaults(recipe: str | None, stage: str) -> dict:
-    if recipe is None:
-        model, adapter = ModelArguments(), AdapterArguments()
-        training = {"batch_size": 1, "bf16": True, "gradient_checkpointing": True}
+def _recipe_defaults(name: str | None, stage: str) -> dict:
+    """Return what a recipe says of the options, and of the setup what no option sets."""
+    if name is None:
+        model, adapter, batch_size, setup = ModelArguments(), ModelArguments(), 1, TrainingSetup()
     else:
-        parsed = parse_recipe((stage,), ["--recipe", recipe])
+        recipe = parse_recipe((stage,), ["--recipe", name])
         # Later stages inherit the model of stage 1.
-        model, adapter = parse_recipe(("1",), ["--recipe", recipe]).model, parsed.adapter
-        settings: SFTConfig = parsed.training
-        training = {
-            "batch_size": settings.per_device_train_batch_size,
-            "bf16": settings.bf16,
-            "gradient_checkpointing": settings.gradient_checkpointing,
-        }
-    names = ("vision_tower", "language_model", "projector_type", "pixel_shuffle_factor", "dtype")
-    adapted = {"lora_r": adapter.lora_r, "load_in_4bit": adapter.load_in_4bit}
-    return {name: getattr(model, name) for name in names} | adapted | training
-
-
-def _numel(module: torch.nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
+        model = parse_recipe(("1",), ["--recipe", name]).model
+        adapter, setup = recipe.model, TrainingSetup.of(recipe)
+        batch_size = recipe.training.per_device_train_batch_size
+    return {
+        "vision_tower": model.vision_tower,
+        "language_model": model.language_model,
+        "projector_type": model.projector_type,
+        "pixel_shuffle_factor": model.pixel_shuffle_factor,
+        "dtype": model.dtype,
+        "lora_r": adapter.lora_r,
+        "load_in_4bit": adapter.load_in_4bit,
+        "batch_size": batch_size,
+        "bf16": setup.bf16,
+        "gradient_checkpointing": setup.checkpointing,
+        "nested": setup.nested,
+    }
 
 
 def main() -> None:
@@ -375,20 +433,24 @@ def main() -> None:
         pixel_shuffle_factor=options.pixel_shuffle_factor,
     )
     config = model_config(model)
-    sizes = count(config, options.stage, AdapterArguments(lora_r=options.lora_r))
-    memory = training_memory(
-        config,
-        sizes,
-        options.batch_size,
-        options.length,
+    sizes = count(config, options.stage, ModelArguments(lora_r=options.lora_r))
+    setup = TrainingSetup(
         bf16=options.bf16,
         checkpointing=options.gradient_checkpointing,
-        supervised=options.supervised and options.batch_size * options.supervised,
         bf16_weights=options.dtype == "bfloat16",
         nf4=options.load_in_4bit and options.stage != "1",
+        nested=options.nested,
+        on_cpu=False,  # what a GPU needs, asked on whatever machine
     )
-    name = f"recipe {options.recipe}" if options.recipe else model.language_model or LANGUAGE_MODEL
-    print(f"\n{name}, stage {options.stage}\n\n{size_table(sizes, options.lora_r)}")
+    supervised = None
+    if options.supervised:
+        supervised = options.batch_size * options.supervised
+    memory = training_memory(config, sizes, options.batch_size, options.length, setup, supervised)
+
+    title = model.language_model or LANGUAGE_MODEL
+    if options.recipe:
+        title = f"recipe {options.recipe}"
+    print(f"\n{title}, stage {options.stage}\n\n{size_table(sizes, options.lora_r)}")
     precision = "bf16" if options.bf16 else "float32"
     checkpointing = "gradient checkpointing" if options.gradient_checkpointing else "no gradient checkpointing"
     print(f"\nTraining, {options.batch_size} x {options.length} tokens, {precision}, {checkpointing}, AdamW\n")

@@ -2,15 +2,56 @@
 
 import logging
 
-from siq_vl.configuration_siq_vl import SiQVLConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from siq_vl.configuration_siq_vl import DEFAULT_TEXT_CONFIG, DEFAULT_VISION_CONFIG, SiQVLConfig
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
-from siq_vl.planning.sizes import model_config
 from siq_vl.processing_siq_vl import SiQVLProcessor
-from siq_vl.training.recipes import REPO_ROOT, ModelArguments, Recipe, backbones_of, starting_checkpoint
+from siq_vl.training.arguments import ModelArguments
+from siq_vl.training.recipes import REPO_ROOT, Recipe, backbones_of, local_or_hub, starting_checkpoint
 
 logger = logging.getLogger(__name__)
 
+VISION_TOWER, LANGUAGE_MODEL = "google/siglip2-large-patch16-512", "Qwen/Qwen2.5-0.5B-Instruct"
+
+# The backbones of the report's recipes, so that their sizes need no network.
+BACKBONES = {
+    VISION_TOWER: DEFAULT_VISION_CONFIG,
+    LANGUAGE_MODEL: DEFAULT_TEXT_CONFIG,
+    "Qwen/Qwen2.5-1.5B-Instruct": {
+        **DEFAULT_TEXT_CONFIG,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    },
+}
+
 STAND_INS = (REPO_ROOT / "backbones" / "siglip2-tiny", REPO_ROOT / "backbones" / "qwen2.5-tiny")
+
+
+def backbone_config(name: str) -> PretrainedConfig:
+    """Return the configuration of a backbone: one of `BACKBONES`, a folder, or a Hub id."""
+    if name in BACKBONES:
+        known = dict(BACKBONES[name])
+        return AutoConfig.for_model(known.pop("model_type"), **known)
+    config = AutoConfig.from_pretrained(local_or_hub(name))
+    return config.vision_config if config.model_type == "siglip" else config
+
+
+def model_config(model: ModelArguments) -> SiQVLConfig:
+    """Return the configuration that stage 1 would build from a recipe's backbones."""
+    text = backbone_config(model.language_model or LANGUAGE_MODEL)
+    # Ids do not matter for sizes, and a small vocabulary would not have the default ones.
+    return SiQVLConfig(
+        vision_config=backbone_config(model.vision_tower or VISION_TOWER),
+        text_config=text,
+        projector_type=model.projector_type,
+        pixel_shuffle_factor=model.pixel_shuffle_factor,
+        image_token_id=0,
+        vision_start_token_id=1,
+        vision_end_token_id=2,
+    )
 
 
 def planned_config(recipe: Recipe) -> tuple[SiQVLConfig, str]:
@@ -23,7 +64,8 @@ def planned_config(recipe: Recipe) -> tuple[SiQVLConfig, str]:
     if recipe.stage != "1" and not recipe.model.random_weights:
         try:
             path = starting_checkpoint(recipe)
-            return SiQVLConfig.from_pretrained(path), f"the checkpoint {path}"
+            config = SiQVLConfig.from_pretrained(path, revision=recipe.model.model_revision)
+            return config, f"the checkpoint {path}"
         except ValueError:
             logger.info("there is no checkpoint to start from yet: sizes are those of the recipe's backbones")
     tower, language_model = backbones_of(recipe)
@@ -32,8 +74,8 @@ def planned_config(recipe: Recipe) -> tuple[SiQVLConfig, str]:
             "the model is built from two backbones: set vision_tower and language_model in the recipe, in stage 1's"
         )
     model = ModelArguments(
-        vision_tower=tower,
-        language_model=language_model,
+        vision_tower=recipe.find(tower),
+        language_model=recipe.find(language_model),
         projector_type=recipe.model.projector_type,
         pixel_shuffle_factor=recipe.model.pixel_shuffle_factor,
     )

@@ -19,6 +19,7 @@ from trl.models import unwrap_model_for_generation
 from siq_vl.evaluation.generation import generate_texts
 from siq_vl.html import image_data_url, render
 from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.training.sharding import outermost_weights
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class HeldOutCallback(TrainerCallback):
     def _answers(self) -> list[str]:
         model, accelerator = self.trainer.model_wrapped, self.trainer.accelerator
         was_training = model.training
-        with unwrap_model_for_generation(model, accelerator) as unwrapped:
+        with unwrap_model_for_generation(model, accelerator) as unwrapped, outermost_weights(model, accelerator):
             answers = self._generate(unwrapped)
         model.train(was_training)
         return answers

@@ -10,19 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from siq_vl.data.mixtures import MixtureReport
 from siq_vl.distill.training_rows import store_state
 from siq_vl.hub import BEFORE_AFTER_FILE, CURVE_FILE, EMERGENCE_FIGURE, SCORES_FILE, model_card
-from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.plots import learning_curve_plot
 from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.training.arguments import ADAPTER_FIELDS, ModelArguments
 from siq_vl.training.quantization import merge_adapter
 from siq_vl.training.recipes import Recipe, backbones_of
-from siq_vl.training.stages import freeze_for_stage
+from siq_vl.training.sharding import whole_model
 
 logger = logging.getLogger(__name__)
 
@@ -43,23 +43,33 @@ _LEARNING_SETTINGS = (
 
 def run_settings(recipe: Recipe) -> dict:
     """Return what must be the same for a run to go on from one of its checkpoints."""
+    settings = {"stage": recipe.stage, "samples a step": samples_a_step(recipe)}
+    model, adapter = model_and_adapter(recipe.model)
+    groups = {"model": model, "adapter": adapter, "data": asdict(recipe.data)}
+    if recipe.traces is not None:
+        groups["traces"] = asdict(recipe.traces)
+        settings["the store's shards"] = store_state(recipe.traces)
     training = recipe.training.to_dict()
-    return {
-        "stage": recipe.stage,
-        **{f"model.{name}": value for name, value in asdict(recipe.model).items()},
-        **{f"adapter.{name}": value for name, value in asdict(recipe.adapter).items()},
-        **{f"data.{name}": value for name, value in asdict(recipe.data).items()},
-        **_trace_settings(recipe),
-        **{f"training.{name}": training.get(name) for name in _LEARNING_SETTINGS},
-        "samples a step": samples_a_step(recipe),
-    }
+    groups["training"] = {name: training.get(name) for name in _LEARNING_SETTINGS}
+    for group, values in groups.items():
+        for name, value in values.items():
+            settings[f"{group}.{name}"] = value
+    return settings
 
 
-def _trace_settings(recipe: Recipe) -> dict:
-    if recipe.traces is None:
-        return {}
-    settings = {f"traces.{name}": value for name, value in asdict(recipe.traces).items()}
-    return {**settings, "the store's shards": store_state(recipe.traces)}
+def settings_unnamed_before() -> dict:
+    """Return the defaults of model and adapter: what they were in checkpoints of versions that did not name them."""
+    model, adapter = model_and_adapter(ModelArguments())
+    defaults = {f"model.{name}": value for name, value in model.items()}
+    defaults.update({f"adapter.{name}": value for name, value in adapter.items()})
+    return defaults
+
+
+def model_and_adapter(arguments: ModelArguments) -> tuple[dict, dict]:
+    """Return the fields of the model and those of its adapter, as settings keep them apart."""
+    model = asdict(arguments)
+    adapter = {name: model.pop(name) for name in ADAPTER_FIELDS}
+    return model, adapter
 
 
 def samples_a_step(recipe: Recipe) -> int:
@@ -95,7 +105,7 @@ def save_stage(
         The checkpoint's folder, `recipe.training.output_dir`.
     """
     folder = Path(recipe.training.output_dir)
-    model = _whole_model(trainer, recipe)
+    model = whole_model(trainer, recipe)
     if trainer.accelerator.is_main_process:
         scratch = folder / ".incomplete"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -103,7 +113,7 @@ def save_stage(
         merged_into = None
         if isinstance(model, PeftModel):
             _save_adapter(model, scratch / ADAPTER_FOLDER)
-            model, merged_into = merge_adapter(model, scratch / ADAPTER_FOLDER, nf4=recipe.adapter.load_in_4bit)
+            model, merged_into = merge_adapter(model, scratch / ADAPTER_FOLDER, recipe.model)
         _save_model(model, processor, scratch)
         settings = _settings(trainer, recipe, seconds, steps, report, merged_into)
         _write_records(scratch, settings, trainer.state.log_history)
@@ -111,30 +121,6 @@ def save_stage(
         logger.info("stage %s left its checkpoint in %s after %.0f s of training", recipe.stage, folder, seconds)
     trainer.accelerator.wait_for_everyone()
     return folder
-
-
-def _whole_model(trainer: SFTTrainer, recipe: Recipe) -> PreTrainedModel | PeftModel:
-    """Return the trained model with all its weights; only the first process has them where they are sharded."""
-    accelerator = trainer.accelerator
-    model = accelerator.unwrap_model(trainer.model)
-    plugin = accelerator.state.deepspeed_plugin
-    if not trainer.is_fsdp_enabled and (plugin is None or plugin.zero_stage != 3):
-        return model
-    weights = accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part
-    return rebuild(model, recipe, weights) if accelerator.is_main_process else model
-
-
-def rebuild(
-    model: PreTrainedModel | PeftModel, recipe: Recipe, weights: Mapping[str, torch.Tensor]
-) -> PreTrainedModel | PeftModel:
-    """Return a whole copy of a sharded model, on the CPU, from its gathered weights."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    whole = SiQVLForConditionalGeneration(base.config)
-    peft_config = freeze_for_stage(whole, recipe.stage, recipe.adapter)
-    if peft_config is not None:
-        whole = get_peft_model(whole, peft_config)
-    whole.load_state_dict(weights)
-    return whole
 
 
 def _settings(
@@ -152,10 +138,11 @@ def _settings(
     speed = {"samples_per_second": round(steps * samples_a_step(recipe) / seconds, 3) if seconds else None}
     if tokens and seconds and not in_parts:
         speed["tokens_per_second"] = round(tokens[-1] / seconds, 1)
+    model, adapter = model_and_adapter(recipe.model)
     settings = {
         "stage": recipe.stage,
         "recipe": recipe.name,
-        "config": recipe.config or None,
+        "config": recipe.variant or None,
         "decoder": trainer.model.config.text_config.model_type,
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
@@ -165,8 +152,8 @@ def _settings(
         "best": _best(trainer),
         "speed": {**speed, "peak_memory_gib": peak_memory_gib()},
         "backbones": dict(zip(("vision_tower", "language_model"), backbones_of(recipe), strict=True)),
-        "model": asdict(recipe.model),
-        "adapter": None if recipe.stage == "1" else asdict(recipe.adapter),
+        "model": model,
+        "adapter": None if recipe.stage == "1" else adapter,
         "merged_into": merged_into,
         "data": asdict(recipe.data),
         "traces": recipe.traces and asdict(recipe.traces),

@@ -1,189 +1,104 @@
-"""Recipes: one YAML a stage, parsed by `TrlParser`; every field can be overridden on the command line."""
+"""Recipes: one YAML a stage, parsed by `TrlParser`; every field can be overridden on the command line.
+
+What is stated later wins: the recipe's file of the stage, the file of `--config`, the command line. A file may name
+another one as its `base`, relative to itself, and then states only what differs.
+
+Relative paths in a recipe are looked for in the working folder, then beside the recipe's files, then in this repository.
+"""
 
 import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from trl import SFTConfig, TrlParser
+from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser
 
-from siq_vl.data.feature_cache.build import FeatureArguments
-from siq_vl.data.mixtures import MixtureConfig
-from siq_vl.data.sources import FIGURES
-from siq_vl.distill.training_rows import TraceArguments
+from siq_vl.data.mixture_config import FeatureArguments
+from siq_vl.distill.trace_arguments import TraceArguments
+from siq_vl.training.arguments import DataArguments, HubArguments, ModelArguments, RunArguments
+from siq_vl.training.settings import (
+    arrange_batches,
+    check_checkpoints,
+    check_evaluation,
+    check_model,
+    check_traces,
+    chosen_sources,
+    keep_effective_batch,
+    refuse_fields,
+    take_hub_arguments,
+)
+
+# `--help` and everything that only reads recipes do without torch and transformers, which take seconds to import.
+if TYPE_CHECKING:
+    from trl import SFTConfig
 
 logger = logging.getLogger(__name__)
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 RECIPES = REPO_ROOT / "recipes"
-STAGES = ("1", "2", "3")
-BATCHING = ("padded", "length_grouped", "packed")
+TASKS = {"1": "caption", "2": "answer", "3": "reason"}  # what drawn figures are asked in a stage
 
-
-@dataclass
-class ModelArguments:
-    """Where the model comes from.
-
-    Stage 1 builds it from the two backbones; later stages start from `model_name_or_path`, by default the previous
-    stage's checkpoint of the same recipe.
-    """
-
-    vision_tower: str | None = field(default=None, metadata={"help": "Backbone of stage 1: a folder or Hub id."})
-    language_model: str | None = field(default=None, metadata={"help": "Backbone of stage 1: a folder or Hub id."})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint that stages 2 and 3 start from."}
-    )
-    projector_type: str = field(default="linear", metadata={"help": "'linear' or 'mlp'."})
-    pixel_shuffle_factor: int = field(default=2, metadata={"help": "Side of the block of patches merged to one token."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Type of the frozen weights, 'float32' or 'bfloat16'; what trains is always float32."},
-    )
-    random_weights: bool = field(
-        default=False,
-        metadata={"help": "Build the full-size model with random weights, from its sizes alone: to measure, offline."},
-    )
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'")
-
-
-@dataclass
-class AdapterArguments:
-    """LoRA on the language model, optionally over an NF4 base (QLoRA); the projector trains beside it, whole.
-
-    The vision tower is frozen unless it gets a LoRA of its own, or its last layers are unfrozen.
-    """
-
-    lora_r: int = field(default=64, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA scaling factor."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the LoRA branch."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        metadata={
-            "help": "Linear layers of the language model that get an adapter; by default all, whatever their names."
-        },
-    )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: hold the frozen language model in NF4 (bitsandbytes)."}
-    )
-    use_bnb_nested_quant: bool = field(default=True, metadata={"help": "QLoRA: quantize the scales, too."})
-    vision_lora: bool = field(default=False, metadata={"help": "LoRA of the same rank on the vision tower's linears."})
-    unfreeze_vision_layers: int = field(
-        default=0, metadata={"help": "Train this many last layers of the vision tower, whole."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.lora_r < 1:
-            raise ValueError(f"lora_r is {self.lora_r}; it must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and less than 1")
-        if self.unfreeze_vision_layers < 0:
-            raise ValueError(f"unfreeze_vision_layers is {self.unfreeze_vision_layers}; it must be 0 or more")
-        if self.vision_lora and self.unfreeze_vision_layers:
-            raise ValueError(
-                f"vision_lora is set and unfreeze_vision_layers is {self.unfreeze_vision_layers}; the tower takes one of "
-                "the two: drop the other"
-            )
-
-
-class DataArguments(MixtureConfig):
-    """What stages 1 and 2 are trained on; stage 3 has `TraceArguments` beside it, and takes no sources."""
-
-
-@dataclass
-class RunArguments:
-    """How the run goes about it: nothing here changes what is learnt, but for the effective batch size."""
-
-    effective_batch_size: int = field(
-        default=0,
-        metadata={
-            "help": "Samples an optimizer step, over all processes. Gradient accumulation is computed from it, and "
-            "per_device_train_batch_size is the most that one device takes at once. 0: as the two say."
-        },
-    )
-    batching: str = field(
-        default="padded",
-        metadata={
-            "help": "'padded'; 'length_grouped': batches of rows of like length, padded; 'packed': rows packed together, "
-            "with no padding. The samples of a step are the same in the first and the last."
-        },
-    )
-    pack_tokens: int = field(
-        default=2048, metadata={"help": "Packed: the most tokens of a packed row, which is one forward pass."}
-    )
-    pack_buffer: int = field(
-        default=32,
-        metadata={
-            "help": "Packed: how many samples of a step a device reads at once, to be packed together. Takes the place "
-            "of per_device_train_batch_size."
-        },
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop before any training."})
-    free_memory_steps: int = field(
-        default=0, metadata={"help": "Collect garbage and empty the accelerator's cache every so many steps."}
-    )
-    sample_steps: int = field(
-        default=0, metadata={"help": "Let the model answer fixed held-out rows every so many steps; 0: never."}
-    )
-    sample_count: int = field(default=8, metadata={"help": "How many held-out rows it answers."})
-    sample_tokens: int = field(default=128, metadata={"help": "The most tokens it may answer with."})
-    emergence_steps: int = field(
-        default=0,
-        metadata={"help": "Stage 3: measure the reasoning on held-out questions every so many steps; 0: never."},
-    )
-    emergence_count: int = field(default=120, metadata={"help": "How many held-out questions that takes."})
-
-    def __post_init__(self) -> None:
-        for name in ("effective_batch_size", "free_memory_steps", "sample_steps", "emergence_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.batching not in BATCHING:
-            raise ValueError(f"batching is {self.batching!r}; it must be one of {', '.join(BATCHING)}")
-        for name in ("sample_count", "sample_tokens", "emergence_count", "pack_tokens", "pack_buffer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-
-
-@dataclass
-class HubArguments:
-    """Where the finished checkpoint is pushed; taken from the fields of `TrainingArguments` that have these names.
-
-    Kept apart from them so that the trainer pushes nothing by itself and writes the token into no file.
-    """
-
-    push_to_hub: bool = False
-    repo_id: str | None = None
-    revision: str | None = None
-    private: bool | None = None
-    token: str | None = field(default=None, repr=False)
+_USAGE = "%(prog)s [--stage STAGE] [--recipe RECIPE] [--config FILE] [--FIELD VALUE ...]"
+_MORE_HELP = """\
+Beside these, every field of TRL's SFTConfig is taken, and with it every one of transformers' TrainingArguments:
+--learning_rate, --max_steps, --max_length, --bf16, --save_steps, --report_to ... `--help_all` lists them all; they are
+described at https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig."""
 
 
 @dataclass
 class Recipe:
-    """One stage of one recipe, ready to run."""
+    """One stage of one recipe, ready to run.
+
+    Args:
+        stage: "1", "2" or "3".
+        name: of the recipe, and of its folder in `outputs`.
+        model: the model and its LoRA.
+        data: what is trained on.
+        training: the trainer's settings.
+        run: how the run goes about it.
+        hub: where the checkpoint is pushed.
+        features: whether vision features are stored.
+        traces: what stage 3 learns from.
+        variant: which of several files of the stage it is; empty for its default.
+        folder: of the recipe's files; None for a run that a file of `--config` states alone.
+        places: folders for relative paths, beside the working folder.
+    """
 
     stage: str
     name: str
     model: ModelArguments
-    adapter: AdapterArguments
     data: DataArguments
-    training: SFTConfig
+    training: "SFTConfig"
     run: RunArguments = field(default_factory=RunArguments)
     hub: HubArguments = field(default_factory=HubArguments)
     features: FeatureArguments = field(default_factory=FeatureArguments)
     traces: TraceArguments | None = None
-    config: str = ""
+    variant: str = ""
+    folder: Path | None = None
+    places: Sequence[Path] = (REPO_ROOT,)
 
     @property
     def title(self) -> str:
-        """The recipe's name and, where it is not the stage's default, the configuration's."""
-        return f"{self.name}, {self.config}" if self.config else self.name
+        """The recipe's name and, where it is not the stage's default, the variant's."""
+        return f"{self.name}, {self.variant}" if self.variant else self.name
+
+    @property
+    def task(self) -> str:
+        """What drawn figures are asked in this stage."""
+        return TASKS[self.stage]
+
+    def find(self, path: str) -> str:
+        """Return the folder that a path of the recipe means, or the path unchanged, as a Hub id, where there is none."""
+        return local_or_hub(path, self.places)
+
+    def has(self, path: str) -> bool:
+        """Whether a file or folder that the recipe names is on this machine."""
+        return any((place / path).exists() for place in (Path(), *self.places))
 
 
 def recipe_names() -> list[str]:
@@ -191,19 +106,23 @@ def recipe_names() -> list[str]:
     return sorted(path.name for path in RECIPES.iterdir() if path.is_dir())
 
 
-def local_or_hub(path: str) -> str:
-    """Return a folder below the working folder or the repo root where there is one, else the Hub id unchanged."""
-    for candidate in (Path(path), REPO_ROOT / path):
-        if candidate.is_dir():
-            return str(candidate)
+def local_or_hub(path: str, places: Sequence[Path] = (REPO_ROOT,)) -> str:
+    """Return a folder below the working folder or one of the places where there is one, else the Hub id unchanged."""
+    for place in (Path(), *places):
+        if (place / path).is_dir():
+            return str(place / path)
     return path
 
 
-def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, description: str | None = None) -> Recipe:
-    """Parse `--stage`, `--recipe`, `--config` and any number of overrides.
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a script's description, and says every default."""
 
-    `--config NAME` picks one of several configurations of a stage, `stage<n>-<name>.yaml`; it has an output folder of
-    its own.
+
+def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, description: str | None = None) -> Recipe:
+    """Parse `--stage`, `--recipe`, `--variant`, `--config` and any number of overrides.
+
+    `--variant NAME` picks one of several files of a stage, `stage<n>-<name>.yaml`; it has an output folder of its own.
+    `--config FILE` is TRL's: a YAML anywhere. Its values win over those of the recipe, if one is named beside it.
 
     Args:
         stages: the stages that the calling script runs; with a single one, `--stage` may be left out.
@@ -213,191 +132,227 @@ def parse_recipe(stages: tuple[str, ...], argv: list[str] | None = None, descrip
     Raises:
         ValueError: unknown stage or recipe, or a field that its own check refuses.
     """
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--stage", default=stages[0] if len(stages) == 1 else None)
-    chooser.add_argument("--recipe", default="tiny")
-    chooser.add_argument("--config", default="")
-    chosen, rest = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    of_stage = [TraceArguments] if chosen.stage == "3" else []
-    parser = TrlParser(
-        [ModelArguments, AdapterArguments, DataArguments, RunArguments, FeatureArguments, SFTConfig, *of_stage],
-        description=description,
-    )
-    if {"-h", "--help"} & set(rest):
-        parser.parse_args_and_config(args=["--help"])
+    chooser = _chooser(stages)
+    chosen, overrides = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    groups = [ModelArguments, DataArguments, ScriptArguments, DatasetMixtureConfig, RunArguments, FeatureArguments]
+    if chosen.stage == "3":
+        groups.append(TraceArguments)
+    looks = {"usage": _USAGE, "description": description, "formatter_class": _HelpFormatter}
+    if {"-h", "--help"} & set(overrides):
+        TrlParser(groups, parents=[chooser], epilog=_MORE_HELP, **looks).parse_args(["--help"])
+    from trl import SFTConfig
+
+    if "--help_all" in overrides:
+        TrlParser([*groups, SFTConfig], parents=[chooser], **looks).parse_args(["--help"])
+    parser = TrlParser([*groups, SFTConfig])
     if chosen.stage not in stages:
         raise ValueError(f"stage is {chosen.stage!r}; pass --stage {' or --stage '.join(stages)}")
-    if chosen.recipe not in recipe_names():
-        raise ValueError(
-            f"recipe is {chosen.recipe!r}; it must be one of {', '.join(recipe_names())} (folders of recipes/)"
-        )
-    path = _stage_file(chosen.recipe, chosen.stage, chosen.config)
-    if not any(argument.split("=")[0] == "--output_dir" for argument in rest):
-        rest = [*rest, "--output_dir", str(stage_folder(chosen.recipe, path.stem.removeprefix("stage")))]
-    if not torch.accelerator.is_available():
-        rest = [*rest, "--use_cpu", "true"]  # bf16 on a machine with no accelerator has to be asked for
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            rest = [*rest, "--ddp_backend", "gloo"]
+
+    # From the files to the parser's defaults, each file over the one before.
+    files, recipe = _files_of(chosen)
+    parser.set_defaults_with_config(output_dir=str(stage_folder(recipe["name"], chosen.stage, recipe["variant"])))
+    stated = []
+    for path in files:
+        for settings in read_layers(path):
+            stated.append(set(settings))
+            unknown = parser.set_defaults_with_config(**settings)
+            if unknown:
+                raise ValueError(
+                    f"{path.name} has {', '.join(unknown[::2])}, which stage {chosen.stage} does not know: remove it, or "
+                    "see --help_all for what there is"
+                )
+    named = [argument.split("=")[0] for argument in overrides if argument.startswith("--")]
+    stated.append({name.removeprefix("--").replace("-", "_") for name in named})
+
     try:
-        parsed = parser.parse_args_and_config(args=["--config", str(path), *rest])
+        parsed = parser.parse_args_and_config(args=[*overrides, *_of_this_machine()])
     except ValueError as error:  # what the libraries find wrong with a field is about the command line too
-        raise ValueError(f"{error}: correct the field in {path.name} or on the command line") from error
-    model, adapter, data, run, features, training, *others = parsed
-    traces = others[0] if others else None
-    if model.dtype == "bfloat16" and not training.bf16:
-        raise ValueError("dtype is bfloat16 and bf16 is false: what trains is float32, so set bf16, or dtype float32")
+        where = " or ".join(path.name for path in files)
+        raise ValueError(f"{error}: correct the field in {where} or on the command line") from error
+    model, data, script, mixture, run, features, *traces, training = parsed
+    refuse_fields(training, script, mixture)
+    data.sources = chosen_sources(data, script, mixture, stated)
+    check_model(model, training, chosen.stage)
     keep_effective_batch(training, run.effective_batch_size)
     arrange_batches(training, run)
-    _check_checkpoints(training)
-    _check_kernels(training)
-    if traces is not None:
-        _check_traces(traces, training, data, run)
-    hub = _take_hub_arguments(training)
-    config = path.stem.partition("-")[2]
-    return Recipe(chosen.stage, chosen.recipe, model, adapter, data, training, run, hub, features, traces, config)
+    # What it asks for is always so here, and TRL would change the chat template for it.
+    training.assistant_only_loss = False
+    check_checkpoints(training)
+    if traces:
+        check_traces(traces[0], training, data, run)
+    else:
+        check_evaluation(training)
+    if traces:
+        _find_traces(traces[0], recipe["places"])
+    return Recipe(
+        stage=chosen.stage,
+        model=model,
+        data=data,
+        training=training,
+        run=run,
+        hub=take_hub_arguments(training),
+        features=features,
+        traces=traces[0] if traces else None,
+        **recipe,
+    )
 
 
-def _stage_file(recipe: str, stage: str, config: str) -> Path:
-    """Return the YAML of a stage; `config` is one of its configurations by name, `_` being as good as `-`."""
-    path = RECIPES / recipe / f"stage{stage}{'-' if config else ''}{config.replace('_', '-')}.yaml"
+def _chooser(stages: tuple[str, ...]) -> argparse.ArgumentParser:
+    """Return the parser of what decides which files are read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_stage = stages[0] if len(stages) == 1 else None
+    parser.add_argument("--stage", default=only_stage, help=f"One of {', '.join(stages)}.")
+    parser.add_argument(
+        "--recipe",
+        help=f"One of {', '.join(recipe_names())}, or any folder that holds stage1.yaml and so on. Without it, the file "
+        "of --config; without that, tiny.",
+    )
+    parser.add_argument(
+        "--variant",
+        default="",
+        help="One of several files of the stage in the recipe's folder, stage<n>-<variant>.yaml.",
+    )
+    parser.add_argument("--config", help="TRL's: a YAML file of fields. They win over those of --recipe.")
+    return parser
+
+
+def _files_of(chosen: argparse.Namespace) -> tuple[list[Path], dict[str, Any]]:
+    """Return the files that the command line names, those that win last, and the recipe's fields that hang on them."""
+    if chosen.config is not None and not Path(chosen.config).is_file():
+        raise ValueError(
+            f"config is {chosen.config!r}, and there is no such file: pass a YAML of fields, as to any script of TRL; a "
+            f"variant of stage {chosen.stage} is chosen by --variant {chosen.config}"
+        )
+    given = chosen.recipe
+    if chosen.config is None:
+        config_files = []
+        given = given or "tiny"
+    else:
+        config_files = [Path(chosen.config)]
+    places = [path.parent for path in config_files]
+    if given is None:
+        if chosen.variant:
+            raise ValueError(f"variant is {chosen.variant!r}, which is of a recipe: pass --recipe too, or drop it")
+        name = config_files[0].stem
+        return config_files, {"name": name, "variant": "", "folder": None, "places": [*places, REPO_ROOT]}
+    folder = _recipe_folder(given)
+    path = _stage_file(folder, chosen.stage, chosen.variant)
+    if folder.parent != RECIPES:
+        places.append(folder)
+    variant = path.stem.partition("-")[2]
+    recipe = {"name": folder.resolve().name, "variant": variant, "folder": folder, "places": [*places, REPO_ROOT]}
+    return [path, *config_files], recipe
+
+
+def _recipe_folder(given: str) -> Path:
+    """Return the folder of a recipe: one of the repo by its name, or any by its path."""
+    if given in recipe_names():
+        return RECIPES / given
+    folder = Path(given)
+    if not folder.is_dir():
+        raise ValueError(
+            f"recipe is {given!r}; it must be one of {', '.join(recipe_names())} (folders of recipes/), or the path of a "
+            "folder that holds stage1.yaml and so on"
+        )
+    name = folder.resolve().name
+    if name in recipe_names():
+        if folder.resolve() == (RECIPES / name).resolve():
+            return RECIPES / name
+        raise ValueError(
+            f"recipe is {given!r}, and what it leaves would go to outputs/{name}, where this repository's recipe {name} "
+            "leaves its own: give the folder another name"
+        )
+    return folder
+
+
+def _stage_file(folder: Path, stage: str, variant: str) -> Path:
+    """Return the YAML of a stage; `variant` is one of its variants by name, `_` being as good as `-`."""
+    path = folder / f"stage{stage}{'-' if variant else ''}{variant.replace('_', '-')}.yaml"
     if path.exists():
         return path
-    if config:
-        known = sorted(path.stem.partition("-")[2] for path in path.parent.glob(f"stage{stage}-*.yaml"))
+    if variant:
+        known = sorted(path.stem.partition("-")[2] for path in folder.glob(f"stage{stage}-*.yaml"))
         raise ValueError(
-            f"config is {config!r}; stage {stage} of recipe {recipe!r} has {', '.join(known) or 'its default alone'}: pass "
-            "one of these, or leave --config out"
+            f"variant is {variant!r}; stage {stage} of recipe {folder.name!r} has {', '.join(known) or 'its default alone'}"
+            ": pass one of these, or leave --variant out"
         )
-    raise ValueError(f"recipe {recipe!r} has no stage {stage}: {path.name} is missing in recipes/{recipe}")
+    raise ValueError(f"recipe {folder.name!r} has no stage {stage}: {path.name} is missing in {folder}")
 
 
-def keep_effective_batch(training: SFTConfig, wanted: int) -> None:
-    """Set batch size and gradient accumulation so that a step takes `wanted` samples over all processes.
+def read_layers(path: Path) -> list[dict[str, Any]]:
+    """Return what a YAML file states, behind what the files state that it stands on: the last wins.
 
-    `per_device_train_batch_size` is lowered where all processes together would take more at once.
+    Environment variables of `env` are set, as TRL does.
 
     Raises:
-        ValueError: no whole number of accumulation steps does it.
+        ValueError: no YAML of fields, or a file that stands on itself.
     """
-    if not wanted:
-        return
-    processes = training.world_size
-    training.per_device_train_batch_size = min(training.per_device_train_batch_size, max(1, wanted // processes))
-    at_once = training.per_device_train_batch_size * processes
-    if wanted % at_once:
-        raise ValueError(
-            f"effective_batch_size is {wanted}, but {processes} processes x per_device_train_batch_size "
-            f"{training.per_device_train_batch_size} = {at_once} samples at once do not divide it: change one of the "
-            "three"
-        )
-    stated = training.gradient_accumulation_steps
-    training.gradient_accumulation_steps = wanted // at_once
-    if stated not in (1, training.gradient_accumulation_steps):
-        raise ValueError(
-            f"gradient_accumulation_steps is {stated}, but effective_batch_size {wanted} over {at_once} samples at once "
-            f"makes {training.gradient_accumulation_steps}: pass only one of the two (--effective_batch_size 0 turns "
-            "the other off)"
-        )
+    layers: list[dict[str, Any]] = []
+    seen: list[Path] = []
+    following: Path | None = path
+    while following is not None:
+        if following.resolve() in seen:
+            raise ValueError(f"{path} stands on itself: {following} is among the files that its base leads to")
+        seen.append(following.resolve())
+        try:
+            settings = yaml.safe_load(following.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{following} cannot be read as YAML: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{following} must hold fields with their values, as `max_steps: 500`")
+        base = settings.pop("base", None)
+        os.environ.update({name: str(value) for name, value in (settings.pop("env", None) or {}).items()})
+        layers.insert(0, settings)
+        following = None if base is None else following.parent / base
+    return layers
 
 
-def arrange_batches(training: SFTConfig, run: RunArguments) -> None:
-    """Let a device read as many samples of a step at once as are packed together; a step takes as many as before.
-
-    Raises:
-        ValueError: TRL's own packing or transformers' grouping is asked for.
-    """
-    for name in ("packing", "padding_free"):
-        if getattr(training, name):
-            raise ValueError(
-                f"{name} is true, but TRL packs text alone: use batching: packed, which packs pictures too"
-            )
-    grouped = getattr(training, "group_by_length", False)  # transformers 4; then 5
-    if grouped or getattr(training, "train_sampling_strategy", None) == "group_by_length":
-        raise ValueError(
-            "group_by_length needs a column of lengths, which rows here lack: use batching: length_grouped"
-        )
-    if run.batching == "packed":
-        share = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        at_once = max(size for size in range(1, min(share, run.pack_buffer) + 1) if share % size == 0)
-        training.per_device_train_batch_size, training.gradient_accumulation_steps = at_once, share // at_once
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a YAML file and those that it stands on state together, unparsed."""
+    together: dict[str, Any] = {}
+    for settings in read_layers(path):
+        together.update(settings)
+    return together
 
 
-def _check_checkpoints(training: SFTConfig) -> None:
-    if training.save_total_limit == 1:
-        raise ValueError(
-            "save_total_limit is 1, which deletes the last good checkpoint before the next one is known to be whole: "
-            "use 2 or more"
-        )
-    steps_saved = training.save_strategy == "steps" and training.save_steps >= 1
-    if steps_saved and training.logging_steps >= 1 and training.save_steps % training.logging_steps:
-        logger.warning(
-            "save_steps %s is no multiple of logging_steps %s: after a resume, the first loss that is logged averages "
-            "fewer steps than in an uninterrupted run",
-            training.save_steps,
-            training.logging_steps,
-        )
+def _find_traces(traces: TraceArguments, places: Sequence[Path]) -> None:
+    """Let a store that lies beside the recipe be found; this repository holds none."""
+    for name in ("traces", "image_root"):
+        path = getattr(traces, name)
+        if path is None or Path(path).exists():
+            continue
+        for place in places:
+            if place != REPO_ROOT and (place / path).is_dir():
+                setattr(traces, name, str(place / path))
 
 
-def _check_traces(traces: TraceArguments, training: SFTConfig, data: DataArguments, run: RunArguments) -> None:
-    if [source.path for source in data.sources] != [FIGURES]:
-        raise ValueError("stage 3 learns from traces, not from sources: set traces and teachers instead")
-    if traces.curriculum != "none" and run.batching == "length_grouped":
-        raise ValueError(
-            f"curriculum is {traces.curriculum!r} and batching is length_grouped, and each orders the rows: drop one of the "
-            "two"
-        )
-    evaluates = training.eval_strategy != "no"
-    if evaluates and not traces.validation_share:
-        raise ValueError(
-            f"eval_strategy is {training.eval_strategy.value!r} and validation_share is 0, so that there is nothing to "
-            "evaluate on: set validation_share, for instance to 0.05"
-        )
-    if not traces.early_stopping_patience:
-        return
-    if not (evaluates and training.load_best_model_at_end):
-        raise ValueError(
-            f"early_stopping_patience is {traces.early_stopping_patience}, which takes eval_strategy, the same "
-            "save_strategy, and load_best_model_at_end: set them"
-        )
-    # How often there was no improvement is a part of the run: it goes on with it.
-    training.restore_callback_states_from_checkpoint = True
+def _of_this_machine() -> list[str]:
+    """Return the overrides that a machine without an accelerator needs."""
+    import torch
 
-
-def _check_kernels(training: SFTConfig) -> None:
-    if training.use_liger_kernel:
-        raise ValueError(
-            "use_liger_kernel is true, but Liger has no kernels for this model type and would change nothing: drop it; "
-            "the output layer is fused without it"
-        )
-
-
-def _take_hub_arguments(training: SFTConfig) -> HubArguments:
-    taken = HubArguments(
-        push_to_hub=training.push_to_hub,
-        repo_id=training.hub_model_id,
-        revision=training.hub_revision,
-        private=training.hub_private_repo,
-        token=training.hub_token,
-    )
-    training.push_to_hub, training.hub_token = False, None
-    return taken
+    if torch.accelerator.is_available():
+        return []
+    overrides = ["--use_cpu", "true"]  # bf16 on a machine with no accelerator has to be asked for
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        overrides += ["--ddp_backend", "gloo"]
+    return overrides
 
 
 def backbones_of(recipe: Recipe) -> tuple[str | None, str | None]:
     """Return the vision tower and the language model of a recipe; stages 2 and 3 take those of its `stage1.yaml`."""
     model = recipe.model
-    first: dict = {}
-    if recipe.stage != "1" and (RECIPES / recipe.name / "stage1.yaml").exists():
-        first = yaml.safe_load((RECIPES / recipe.name / "stage1.yaml").read_text(encoding="utf-8"))
+    first: dict[str, Any] = {}
+    if recipe.stage != "1" and recipe.folder is not None and (recipe.folder / "stage1.yaml").exists():
+        first = read_settings(recipe.folder / "stage1.yaml")
     return (
         model.vision_tower or first.get("vision_tower"),
         model.language_model or first.get("language_model"),
     )
 
 
-def stage_folder(recipe: str, stage: str) -> Path:
+def stage_folder(recipe: str, stage: str, variant: str = "") -> Path:
     """Return where a stage of a recipe leaves its checkpoint by default."""
-    return Path("outputs") / recipe / f"stage{stage}"
+    return Path("outputs") / recipe / f"stage{stage}{'-' if variant else ''}{variant}"
 
 
 def starting_checkpoint(recipe: Recipe) -> str:
@@ -407,13 +362,15 @@ def starting_checkpoint(recipe: Recipe) -> str:
         ValueError: the previous stage has left none.
     """
     if recipe.model.model_name_or_path is not None:
-        return local_or_hub(recipe.model.model_name_or_path)
+        return recipe.find(recipe.model.model_name_or_path)
     previous = str(int(recipe.stage) - 1)
     folder = stage_folder(recipe.name, previous)
     if not (folder / "config.json").exists():
-        script = "train_sft.py"
+        chosen = recipe.name
+        if recipe.folder is not None and recipe.folder.parent != RECIPES:
+            chosen = str(recipe.folder)
         raise ValueError(
             f"stage {recipe.stage} starts from stage {previous}, and {folder} holds no checkpoint: run "
-            f"`python {script} --stage {previous} --recipe {recipe.name}` first, or pass --model_name_or_path"
+            f"`python train_sft.py --stage {previous} --recipe {chosen}` first, or pass --model_name_or_path"
         )
     return str(folder)

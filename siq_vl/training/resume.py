@@ -64,8 +64,13 @@ def discard_incomplete(folder: Path) -> None:
             shutil.rmtree(checkpoint)
 
 
-def checkpoint_to_resume(folder: Path, settings: dict[str, Any]) -> Path | None:
+def checkpoint_to_resume(folder: Path, settings: dict[str, Any], defaults: dict[str, Any] | None = None) -> Path | None:
     """Return the checkpoint that a run with these settings goes on from.
+
+    Args:
+        folder: of the run.
+        settings: what must be the same.
+        defaults: what settings were that a checkpoint does not name: one of a version that did not know them.
 
     Raises:
         ValueError: the folder's checkpoint was made with other settings.
@@ -74,7 +79,8 @@ def checkpoint_to_resume(folder: Path, settings: dict[str, Any]) -> Path | None:
     if checkpoint is None:
         return None
     marker = json.loads((checkpoint / MARKER).read_text())
-    before, now = marker["settings"], json.loads(json.dumps(settings, default=str))
+    before = {**(defaults or {}), **marker["settings"]}
+    now = json.loads(json.dumps(settings, default=str))  # as the marker would hold them
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:
         name = changed[0]

@@ -11,18 +11,19 @@ from trl import SFTTrainer
 
 from siq_vl.data.collation import ConversationCollator
 from siq_vl.data.figures.rows import training_rows
+from siq_vl.data.mixture_config import FIGURES
 from siq_vl.data.mixtures import Mixture, MixtureReport, build_mixture
 from siq_vl.data.packing import row_lengths
-from siq_vl.data.sources import FIGURES
 from siq_vl.distill.training_rows import TrainingTraces, training_traces
 from siq_vl.hub import push_stage
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.callbacks import FreeMemoryCallback, SampleCallback
-from siq_vl.training.checkpoints import run_settings, samples_a_step, save_stage
+from siq_vl.training.checkpoints import run_settings, samples_a_step, save_stage, settings_unnamed_before
 from siq_vl.training.emergence import EmergenceCallback
-from siq_vl.training.recipes import REPO_ROOT, Recipe, local_or_hub
+from siq_vl.training.recipes import Recipe
 from siq_vl.training.resume import checkpoint_to_resume, discard_incomplete
+from siq_vl.training.sharding import check_engine
 from siq_vl.training.stages import freeze_for_stage, log_parameters
 from siq_vl.training.stored_features import rows_with_features
 from siq_vl.training.trainer import AnswerWeights, SiQVLTrainer
@@ -54,8 +55,8 @@ def mixture_for_stage(recipe: Recipe, task: str, processor: SiQVLProcessor) -> M
         processor=processor,
         max_length=recipe.training.max_length,
         drop_log=Path(recipe.training.output_dir) / DROP_LOG,
-        base=REPO_ROOT,
-        vision_tower=recipe.model.vision_tower and local_or_hub(recipe.model.vision_tower),
+        places=recipe.places,
+        vision_tower=recipe.model.vision_tower and recipe.find(recipe.model.vision_tower),
         readers=recipe.training.world_size * max(1, recipe.training.dataloader_num_workers),
     )
 
@@ -128,10 +129,11 @@ def make_trainer(
     # The trainer sets these itself where it also brings the collator.
     model.config.get_text_config().pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    peft_config = freeze_for_stage(model, recipe.stage, recipe.adapter)
+    peft_config = freeze_for_stage(model, recipe.stage, recipe.model)
     if isinstance(rows, IterableDataset):  # each process reads its own: batches of unlike sizes cannot be cut up
         training.accelerator_config.dispatch_batches = False
-    rows = rows_with_features(recipe, model, processor, rows)
+    pictured = rows
+    rows = rows_with_features(recipe, model, processor, pictured)
     collate: Callable = ConversationCollator(processor, training.max_length)
     lengths = None
     if recipe.run.batching == "length_grouped":
@@ -150,8 +152,9 @@ def make_trainer(
         in_order=traces is not None and traces.curriculum != "none",
         pack_tokens=recipe.run.pack_tokens if recipe.run.batching == "packed" else 0,
         lengths=lengths,
+        stored_features=rows is not pictured,
     )
-    _check_engine(trainer, recipe)
+    check_engine(trainer, recipe)
     _add_callbacks(trainer, recipe, processor, held_out)
     _watch(trainer, recipe, processor, watched)
     log_parameters(trainer.model)
@@ -163,16 +166,6 @@ def make_trainer(
         training.world_size,
     )
     return trainer
-
-
-def _check_engine(trainer: SFTTrainer, recipe: Recipe) -> None:
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    sharded = trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-    if recipe.adapter.load_in_4bit and sharded:
-        raise ValueError(
-            "load_in_4bit is set, but FSDP and ZeRO-3 cannot shard NF4 weights here: use accelerate_configs/ddp.yaml or "
-            "zero2.yaml, or drop load_in_4bit"
-        )
 
 
 def _add_callbacks(trainer: SFTTrainer, recipe: Recipe, processor: SiQVLProcessor, held_out: Sequence[Mapping]) -> None:
@@ -224,7 +217,7 @@ def train_and_save(
         if trainer.accelerator.is_main_process:
             discard_incomplete(folder)
         trainer.accelerator.wait_for_everyone()
-        checkpoint = checkpoint_to_resume(folder, run_settings(recipe))
+        checkpoint = checkpoint_to_resume(folder, run_settings(recipe), settings_unnamed_before())
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - started

@@ -10,8 +10,9 @@ from siq_vl.loading import load_model, load_processor
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.backbones import random_model
-from siq_vl.training.quantization import load_nf4
-from siq_vl.training.recipes import Recipe, local_or_hub, starting_checkpoint
+from siq_vl.training.quantization import load_quantized
+from siq_vl.training.recipes import Recipe, starting_checkpoint
+from siq_vl.training.sharding import whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -20,60 +21,75 @@ def load_for_stage(recipe: Recipe) -> tuple[SiQVLForConditionalGeneration, SiQVL
     """Return the model and processor that a stage starts from.
 
     Stage 1 joins the recipe's two backbones with a fresh projector; later stages load the previous stage's checkpoint,
-    with `load_in_4bit` its language model in NF4. With `random_weights` any stage starts from random weights.
+    with `load_in_4bit` or `load_in_8bit` its language model quantized. With `random_weights` any stage starts from random weights.
 
     Raises:
         ValueError: the recipe names no backbones, or the previous stage has left no checkpoint.
     """
     set_seed(recipe.training.seed)  # the fresh projector is drawn here, before the trainer seeds itself
-    model, processor = _load(recipe)
+    with whole_weights(recipe.training):
+        model, processor = _load(recipe)
     # Everything is frozen but what the stage names, and that has to be float32 to take small steps.
     model.model.projector.float()
     return model, processor
 
 
 def _load(recipe: Recipe) -> tuple[SiQVLForConditionalGeneration, SiQVLProcessor]:
-    dtype = getattr(torch, recipe.model.dtype)
-    if recipe.model.random_weights:
+    arguments = recipe.model
+    if arguments.random_weights:
         model, processor = random_model(recipe)
-        if not recipe.adapter.load_in_4bit:
-            return model.to(dtype), processor
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            del model
-            return _load_4bit(folder, recipe), processor
-    if recipe.stage != "1":
-        path = starting_checkpoint(recipe)
-        logger.info("stage %s of recipe %s starts from %s", recipe.stage, recipe.name, path)
-        processor = load_processor(path)
-        if recipe.adapter.load_in_4bit:
-            return _load_4bit(path, recipe), processor
-        return load_model(path, dtype=dtype), processor
-    return _join_backbones(recipe, dtype)
+        if arguments.quantized:
+            # bitsandbytes quantizes what is loaded, and nothing else.
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                del model
+                return _load_checkpoint(folder, recipe), processor
+        if arguments.attn_implementation is not None:
+            model.set_attn_implementation(arguments.attn_implementation)
+        return model.to(getattr(torch, arguments.dtype)), processor
+    if recipe.stage == "1":
+        return _join_backbones(recipe)
+    path = starting_checkpoint(recipe)
+    logger.info("stage %s of recipe %s starts from %s", recipe.stage, recipe.name, path)
+    revision = arguments.model_revision
+    return _load_checkpoint(path, recipe, revision=revision), load_processor(path, revision=revision)
 
 
-def _load_4bit(path: str, recipe: Recipe) -> SiQVLForConditionalGeneration:
-    compute_dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
-    return load_nf4(path, recipe.adapter, getattr(torch, recipe.model.dtype), compute_dtype)
+def _load_checkpoint(path: str, recipe: Recipe, **kwargs) -> SiQVLForConditionalGeneration:
+    """Load a checkpoint as the recipe wants it held."""
+    arguments = recipe.model
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.attn_implementation is not None:
+        kwargs["attn_implementation"] = arguments.attn_implementation
+    if not arguments.quantized:
+        return load_model(path, dtype=dtype, **kwargs)
+    compute_dtype = torch.float32
+    if recipe.training.bf16:
+        compute_dtype = torch.bfloat16
+    return load_quantized(path, arguments, dtype, compute_dtype, **kwargs)
 
 
-def _join_backbones(recipe: Recipe, dtype: torch.dtype) -> tuple[SiQVLForConditionalGeneration, SiQVLProcessor]:
-    model = recipe.model
-    if model.vision_tower is None or model.language_model is None:
+def _join_backbones(recipe: Recipe) -> tuple[SiQVLForConditionalGeneration, SiQVLProcessor]:
+    arguments = recipe.model
+    if arguments.vision_tower is None or arguments.language_model is None:
         raise ValueError(
             "stage 1 builds the model from two backbones: set vision_tower and language_model in the recipe"
         )
-    tower, language_model = local_or_hub(model.vision_tower), local_or_hub(model.language_model)
-    logger.info("stage 1 of recipe %s joins %s and %s", recipe.name, model.vision_tower, model.language_model)
-    processor = SiQVLProcessor.from_backbones(tower, language_model, pixel_shuffle_factor=model.pixel_shuffle_factor)
-    built = SiQVLForConditionalGeneration.from_backbones(
+    tower, language_model = recipe.find(arguments.vision_tower), recipe.find(arguments.language_model)
+    logger.info("stage 1 of recipe %s joins %s and %s", recipe.name, arguments.vision_tower, arguments.language_model)
+    processor = SiQVLProcessor.from_backbones(
+        tower, language_model, pixel_shuffle_factor=arguments.pixel_shuffle_factor
+    )
+    model = SiQVLForConditionalGeneration.from_backbones(
         tower,
         language_model,
         image_token_id=processor.image_token_id,
         vision_start_token_id=processor.vision_start_token_id,
         vision_end_token_id=processor.vision_end_token_id,
-        projector_type=model.projector_type,
-        pixel_shuffle_factor=model.pixel_shuffle_factor,
-        dtype=dtype,
+        projector_type=arguments.projector_type,
+        pixel_shuffle_factor=arguments.pixel_shuffle_factor,
+        dtype=getattr(torch, arguments.dtype),
     )
-    return built, processor
+    if arguments.attn_implementation is not None:
+        model.set_attn_implementation(arguments.attn_implementation)
+    return model, processor

@@ -10,20 +10,20 @@ remove; its `about.json` says what it belongs to.
 
 from siq_vl import cli
 from siq_vl.training.recipes import parse_recipe
-from siq_vl.training.run import hold_out, mixture_for_stage
-from siq_vl.training.starting_model import load_for_stage
-from siq_vl.training.stored_features import rows_with_features
-
-TASKS = {"1": "caption", "2": "answer"}
 
 
 def main() -> None:
     """Run the command."""
-    recipe = parse_recipe(tuple(TASKS), description=__doc__)
+    recipe = parse_recipe(("1", "2"), description=__doc__)
+    # Imported once the options are known: torch and transformers take seconds, and `--help` needs none of them.
+    from siq_vl.training.run import hold_out, mixture_for_stage
+    from siq_vl.training.starting_model import load_for_stage
+    from siq_vl.training.stored_features import rows_with_features
+
     recipe.features.feature_cache = "on"
     model, processor = load_for_stage(recipe)
-    task = TASKS[recipe.stage]
-    rows, _ = hold_out(recipe, mixture_for_stage(recipe, task, processor), task)
+    mixture = mixture_for_stage(recipe, recipe.task, processor)
+    rows, _ = hold_out(recipe, mixture, recipe.task)
     rows_with_features(recipe, model, processor, rows)
 
 

@@ -6,7 +6,6 @@ import os
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from pyarrow.types import is_integer
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.data.feature_cache.build import FeaturesTooLarge, cached_rows, share_stored, store_of
@@ -23,7 +22,7 @@ _SHARED = 0.5  # of the pictures; with so many stored by another stage, a single
 
 def obstacle(recipe: Recipe, config: SiQVLConfig, streaming: bool) -> str | None:
     """Return why the vision tower's features cannot be stored; None where they can."""
-    adapter = recipe.adapter
+    adapter = recipe.model
     if adapter.vision_lora or adapter.unfreeze_vision_layers:
         return "the vision tower trains (vision_lora or unfreeze_vision_layers is set)"
     if config.vision_config.attention_dropout:
@@ -32,8 +31,6 @@ def obstacle(recipe: Recipe, config: SiQVLConfig, streaming: bool) -> str | None
         return "rows are streamed, so that nobody knows which come again"
     if recipe.data.blind:
         return "pictures are withheld"
-    if is_deepspeed_zero3_enabled():
-        return "ZeRO-3 spreads the vision tower's weights over the processes"
     return None
 
 

@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
@@ -24,8 +23,9 @@ from siq_vl.data.packing import (
     attend_by_sample,
     check_attention,
 )
+from siq_vl.training.loss import TRITON_DEVICES, TokenLosses, sums_by_sample
 from siq_vl.training.resume import last_complete_checkpoint, mark_complete
-from siq_vl.training.supervised import score_supervised_only
+from siq_vl.training.sharding import is_sharded
 
 
 class SourceCollator:
@@ -96,6 +96,7 @@ class SiQVLTrainer(SFTTrainer):
         in_order: train on the rows in their order instead of shuffling them.
         pack_tokens: most tokens of a packed training row; 0 pads. See `siq_vl.data.packing`.
         lengths: tokens of each training row, to batch rows of like length.
+        stored_features: the rows have stored features in place of pictures.
         kwargs: as for `SFTTrainer`.
     """
 
@@ -106,12 +107,13 @@ class SiQVLTrainer(SFTTrainer):
         in_order: bool = False,
         pack_tokens: int = 0,
         lengths: Sequence[int] | None = None,
+        stored_features: bool = False,
         **kwargs,
     ):
         self.in_order = in_order
         super().__init__(*args, **kwargs)
-        score_supervised_only(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
-        self.pack_tokens, self.lengths = pack_tokens, lengths
+        self.scored_by_trl = TRITON_DEVICES
+        self.pack_tokens, self.lengths, self.stored_features = pack_tokens, lengths, stored_features
         if pack_tokens:
             self._check_packing()
         self.run_settings = run_settings or {}
@@ -121,27 +123,28 @@ class SiQVLTrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         self._source_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
-        self._losses: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._weights: torch.Tensor | None = None
-        self.model.register_forward_hook(self._keep_losses)
-
-    def _keep_losses(self, module: nn.Module, inputs: tuple, outputs: Any) -> None:
-        """Keep the per-token losses and their mask, `(batch_size, sequence_length - 1)`, of the fused output layer."""
-        if module.training and "log_probs" in outputs and outputs.log_probs is not None:
-            self._losses = -outputs.log_probs.detach(), outputs.label_mask.detach()
-            if self._weights is not None:
-                outputs["log_probs"] = outputs.log_probs * self._weights[:, 1:]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        sources = inputs.pop("source", None)
-        self._weights = inputs.pop("loss_weights", None)
+        """Return TRL's loss, of weighted tokens in training, and add up what each source has lost."""
+        sources, weights = inputs.pop("source", None), inputs.pop("loss_weights", None)
+        base = self.model
+        if isinstance(base, PeftModel):
+            base = base.get_base_model()
+        if not self.model.training:
+            weights = None
+        if self.stored_features and is_sharded(self) and "vision_features" not in inputs:
+            # Where weights are sharded, a batch without pictures runs the tower on a blank one, since other processes
+            # may run it; with stored features none does.
+            hidden = base.config.vision_config.hidden_size
+            inputs["vision_features"] = torch.zeros(0, 1, 1, hidden, device=inputs["input_ids"].device)
+        token_losses = TokenLosses(model, base, weights, self.scored_by_trl)
         positions = inputs.get("position_ids")
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if sources is not None and self._losses is not None:
-            losses, mask = (_sums_by_sample(part, positions) for part in self._losses)
-            for name, summed, count in zip(sources, losses, mask, strict=True):
-                self._source_sums[name] += torch.stack((summed, count))
-        self._losses = self._weights = None
+        loss = super().compute_loss(token_losses, inputs, return_outputs, num_items_in_batch)
+        if sources is not None and self.model.training:
+            losses = sums_by_sample(token_losses.losses, positions)
+            tokens = sums_by_sample(token_losses.mask, positions)
+            for name, lost, count in zip(sources, losses, tokens, strict=True):
+                self._source_sums[name] += torch.stack((lost, count))
         return loss
 
     def _check_packing(self) -> None:
@@ -228,17 +231,3 @@ class SiQVLTrainer(SFTTrainer):
                 f"the checkpoint of step {step} could not be written ({error}); the last complete one is "
                 f"{last or 'none'}: free some disk space and run the same command again"
             ) from error
-
-
-def _sums_by_sample(parts: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    """Return the sum of each sample's entries, of shape `(n_samples,)`.
-
-    Args:
-        parts: of shape `(batch_size, sequence_length - 1)`, one sample a row, or several in a packed one.
-        positions: of shape `(1, sequence_length)`, restarting with each sample, where they are packed.
-    """
-    if positions is None:
-        return parts.sum(dim=1, dtype=torch.float64).cpu()
-    sample = (positions[0] == 0).cumsum(0)[1:] - 1
-    sums = torch.zeros(int((positions == 0).sum()), dtype=torch.float64)
-    return sums.index_add(0, sample.cpu(), parts[0].double().cpu())

@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from siq_vl.data.feature_cache.pictures import CachedPicture, CachedPictures, with_cached_pictures
-from siq_vl.data.feature_cache.store import DTYPES, FeatureLayout, FeatureStore, FeatureWriter
+from siq_vl.data.feature_cache.store import FeatureLayout, FeatureStore, FeatureWriter
+from siq_vl.data.mixture_config import FeatureArguments
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
@@ -44,33 +45,6 @@ _IMAGE_FIELDS = ("do_resize", "resample", "do_rescale", "rescale_factor", "do_no
 
 class FeaturesTooLarge(ValueError):
     """Features would take more than the budget, or than the disk has."""
-
-
-@dataclass
-class FeatureArguments:
-    """Whether the frozen vision tower's features are computed once and stored, and where."""
-
-    feature_cache: str = field(
-        default="auto",
-        metadata={"help": "Compute the frozen vision tower's features once: 'on', 'off', or 'auto', where it pays."},
-    )
-    feature_cache_dir: str = field(default="outputs/features", metadata={"help": "Folder of the stored features."})
-    feature_cache_gb: float = field(default=20.0, metadata={"help": "The most that folder may take, in GB (10**9)."})
-    feature_cache_dtype: str = field(
-        default="bfloat16", metadata={"help": f"Type of the stored features: {', '.join(DTYPES)}."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.feature_cache not in ("auto", "on", "off"):
-            raise ValueError(f"feature_cache is {self.feature_cache!r}; it must be 'auto', 'on' or 'off'")
-        if self.feature_cache_gb <= 0:
-            raise ValueError(
-                f"feature_cache_gb is {self.feature_cache_gb}; it must be above 0, or set feature_cache off"
-            )
-        if self.feature_cache_dtype not in DTYPES:
-            raise ValueError(
-                f"feature_cache_dtype is {self.feature_cache_dtype!r}; it must be one of {', '.join(DTYPES)}"
-            )
 
 
 def what_features_depend_on(

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-DTYPES = ("bfloat16", "float32", "int8")
+from siq_vl.data.mixture_config import FEATURE_DTYPES
+
 ENTRY = np.dtype(
     [
         ("high", "<u8"),  # the two halves of the picture's key
@@ -56,8 +57,10 @@ class FeatureLayout:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"the type of stored features is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.dtype not in FEATURE_DTYPES:
+            raise ValueError(
+                f"the type of stored features is {self.dtype!r}; it must be one of {', '.join(FEATURE_DTYPES)}"
+            )
 
     @property
     def tile_bytes(self) -> int:

@@ -21,10 +21,11 @@ def main() -> None:
         "--count", type=int, default=100, help="ordinary questions; a fifth as many of each other group"
     )
     options = parser.parse_args()
-    features = Features(
-        {name: Value("string") for name in ("id", "group", "domain", "type", "question", "answer")} | {"image": Image()}
-    )
-    rows = [{name: getattr(item, name) for name in features} for item in held_out_items(options.count)]
+    texts = ("id", "group", "domain", "type", "question", "answer")
+    features = Features(dict.fromkeys(texts, Value("string")) | {"image": Image()})
+    rows = []
+    for item in held_out_items(options.count):
+        rows.append({name: getattr(item, name) for name in features})
     options.path.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(rows, features=features).to_parquet(options.path)
 

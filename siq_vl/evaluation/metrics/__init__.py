@@ -6,14 +6,14 @@
     rows = METRICS["pope"].rows(answers, golds)         # one row a sample
     METRICS["pope"].summarize(rows)                     # accuracy, precision, recall, f1, yes_rate, ...
 
-`summarize` takes any selection of rows, so a bootstrap draws rows and summarizes them again. Every metric is an
-`evaluate` module too: `evaluate.load("metrics/pope")` from the repo's root, offline.
+`summarize` takes any selection of rows, so a bootstrap draws rows and summarizes them again. Every metric is a
+configuration of an `evaluate` module too: `evaluate.load("metrics/answers", "pope")` from the repo's root, offline.
 
 Answers are parsed before (`siq_vl.parsing.answers.read`); an empty prediction is unparseable, which is wrong and is
 reported apart. A sample without a gold answer raises a `ValueError` that names it; `without_gold` finds them before.
 """
 
-from siq_vl.evaluation.metrics.facts import chair, drawn_vocabulary, hallucination
+from siq_vl.evaluation.metrics.facts import chair, drawn_vocabulary, hallucination, object_mentions
 from siq_vl.evaluation.metrics.matching import (
     anls,
     exact_match,
@@ -25,6 +25,7 @@ from siq_vl.evaluation.metrics.matching import (
 from siq_vl.evaluation.metrics.reasoning import (
     cot_length,
     format_rate,
+    ignored_instruction,
     mixed_language,
     repetition,
     rouge_l,
@@ -45,8 +46,10 @@ __all__ = [
     "exact_match",
     "format_rate",
     "hallucination",
+    "ignored_instruction",
     "mixed_language",
     "multiple_choice",
+    "object_mentions",
     "pope",
     "relaxed_accuracy",
     "repetition",

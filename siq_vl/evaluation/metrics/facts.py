@@ -1,5 +1,6 @@
 """Hallucination, counted: statements that the picture contradicts, not 1 - accuracy."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -8,10 +9,13 @@ from siq_vl.evaluation.metrics.matching import Row
 from siq_vl.parsing.answers import TAGS
 
 _NUMBER = "number"
+_CHART = {"month": MONTHS, _NUMBER: ()}
 # The roles of the words of a fact, by kind of figure; a role that is a number takes any.
 _ROLES: Mapping[str, Mapping[str, Sequence[str]]] = {
     "scene": {"place": PLACES, "object": OBJECTS, "color": tuple(COLORS)},
-    **{kind: {"month": MONTHS, _NUMBER: ()} for kind in ("columns", "rows", "axis")},
+    "columns": _CHART,
+    "rows": _CHART,
+    "axis": _CHART,
     "receipt": {"item": ITEMS, _NUMBER: ()},
     "sign": {"color": tuple(COLORS), "word": SIGNS},
     "plate": {"color": tuple(COLORS), "letter": LETTERS, _NUMBER: ()},
@@ -69,33 +73,34 @@ def hallucination(output: str, caption: str) -> Row:
         `stated`, `contradicted`, `unread`, `mentioned`, `absent`.
     """
     kind, facts = _facts(caption)
-    stated = contradicted = unread = mentioned = absent = 0
+    row = dict.fromkeys(("stated", "contradicted", "unread", "mentioned", "absent"), 0.0)
     for clause in _clauses(output):
+        # A caption opens with the kind of its figure, which is a statement too.
         claimed, clause = _claimed_kind(clause)
         if claimed:
-            stated, contradicted = stated + 1, contradicted + (claimed != kind)
+            row["stated"] += 1
+            row["contradicted"] += claimed != kind
         said = _said(clause, kind)
         things = [pair for pair in said if pair[0] != _NUMBER]
+        # Numbers alone say nothing of the picture, and what is derived from facts is no fact.
         if not things or _DERIVED.search(clause):
             continue
         denied = bool(_DENIED.search(clause))
         if not denied:
-            mentioned += len(things)
-            absent += sum(not any(pair in fact for fact in facts) for pair in things)
+            row["mentioned"] += len(things)
+            for thing in things:
+                row["absent"] += not any(thing in fact for fact in facts)
         bound = set(said)
-        if len({role for role, _ in bound}) < len(bound):
-            unread += 1
+        roles = {role for role, _ in bound}
+        # Two things of one sort, as in "the star is left of the house": which word belongs to which is not told.
+        if len(roles) < len(bound):
+            row["unread"] += 1
             continue
         shown = any(bound <= fact for fact in facts)
-        stated, contradicted = stated + 1, contradicted + (shown == denied)
-    counts = {
-        "stated": stated,
-        "contradicted": contradicted,
-        "unread": unread,
-        "mentioned": mentioned,
-        "absent": absent,
-    }
-    return {name: float(count) for name, count in counts.items()}
+        row["stated"] += 1
+        # A statement is wrong where nothing shows it, a denial where something does.
+        row["contradicted"] += shown == denied
+    return row
 
 
 def hallucination_rates(rows: Sequence[Row]) -> Row:
@@ -106,12 +111,16 @@ def hallucination_rates(rows: Sequence[Row]) -> Row:
         `chair_i` (absent of mentioned things), `chair_s` (share of outputs that mention one), `stated` (facts an output)
         and `unread` (clauses an output).
     """
-    totals = {name: sum(row[name] for row in rows) for name in rows[0]}
+    totals = dict.fromkeys(rows[0], 0.0)
+    hallucinated = 0
+    for row in rows:
+        hallucinated += row["contradicted"] > 0
+        for name, count in row.items():
+            totals[name] += count
     return {
         "hallucination_rate": _ratio(totals["contradicted"], totals["stated"]),
-        "hallucinated_outputs": sum(row["contradicted"] > 0 for row in rows) / len(rows),
-        "chair_i": _ratio(totals["absent"], totals["mentioned"]),
-        "chair_s": sum(row["absent"] > 0 for row in rows) / len(rows),
+        "hallucinated_outputs": hallucinated / len(rows),
+        **chair_rates(rows),
         "stated": totals["stated"] / len(rows),
         "unread": totals["unread"] / len(rows),
     }
@@ -138,35 +147,61 @@ def chair(caption: str, objects: Sequence[str], vocabulary: Mapping[str, Sequenc
     Returns:
         `mentioned`, `absent`.
     """
-    names = drawn_vocabulary() if vocabulary is None else vocabulary
-    lookup = {" ".join(_singulars(word)): name for name, known in names.items() for word in (name, *known)}
-    true = set()
+    if vocabulary is None:
+        vocabulary = drawn_vocabulary()
+    name_of = _names_by_words(vocabulary)
+    shown = set()
     for given in objects:
-        name = lookup.get(" ".join(_singulars(given)))
+        name = name_of.get(" ".join(_singulars(given)))
         if name is None:
             raise ValueError(f"object is {given!r}, which the vocabulary lacks; add it, with its synonyms")
-        true.add(name)
-    words, longest = _singulars(caption), max((len(known.split()) for known in lookup), default=1)
-    mentions, place = [], 0
+        shown.add(name)
+    mentions = object_mentions(caption, vocabulary)
+    absent = [name for name in mentions if name not in shown]
+    return {"mentioned": float(len(mentions)), "absent": float(len(absent))}
+
+
+def object_mentions(text: str, vocabulary: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the objects that a text mentions, by name, each as often as it does; words are looked up as `chair` says."""
+    name_of = _names_by_words(vocabulary)
+    longest = max((len(known.split()) for known in name_of), default=1)
+    words = _singulars(text)
+    mentions = []
+    place = 0
     while place < len(words):
         for length in range(min(longest, len(words) - place), 0, -1):
-            name = lookup.get(" ".join(words[place : place + length]))
+            name = name_of.get(" ".join(words[place : place + length]))
             if name is not None:
                 mentions.append(name)
                 break
+        # Past the name, or past one word that begins none: the loop ends with a length of 1.
         place += length
-    return {"mentioned": float(len(mentions)), "absent": float(sum(name not in true for name in mentions))}
+    return mentions
+
+
+def _names_by_words(vocabulary: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the name of each object by every way of saying it, in the singular."""
+    names = {}
+    for name, synonyms in vocabulary.items():
+        for known in (name, *synonyms):
+            names[" ".join(_singulars(known))] = name
+    return names
 
 
 def chair_rates(rows: Sequence[Row]) -> Row:
     """Return CHAIRi (absent of all mentions; NaN without any) and CHAIRs (captions with at least one of all captions)."""
-    absent, mentioned = (sum(row[name] for row in rows) for name in ("absent", "mentioned"))
-    return {"chair_i": _ratio(absent, mentioned), "chair_s": sum(row["absent"] > 0 for row in rows) / len(rows)}
+    absent = mentioned = 0.0
+    captions_with_absent = 0
+    for row in rows:
+        absent += row["absent"]
+        mentioned += row["mentioned"]
+        captions_with_absent += row["absent"] > 0
+    return {"chair_i": _ratio(absent, mentioned), "chair_s": captions_with_absent / len(rows)}
 
 
 def drawn_vocabulary() -> dict[str, tuple[str, ...]]:
     """Return the objects of drawn scenes and receipts, in the form that `chair` takes."""
-    return {name: () for name in dict.fromkeys((*OBJECTS, *ITEMS))}
+    return dict.fromkeys((*OBJECTS, *ITEMS), ())
 
 
 def _facts(caption: str) -> tuple[str, list[frozenset[tuple[str, str]]]]:
@@ -187,7 +222,9 @@ def _clauses(output: str) -> list[str]:
 def _claimed_kind(clause: str) -> tuple[str, str]:
     """Return the kind of figure that a clause opens with, as a caption does, and what follows."""
     kind, colon, rest = clause.strip().partition(":")
-    return (kind, rest) if colon and kind in _ROLES else ("", clause)
+    if colon and kind in _ROLES:
+        return kind, rest
+    return "", clause
 
 
 def _said(clause: str, kind: str) -> list[tuple[str, str]]:
@@ -195,7 +232,8 @@ def _said(clause: str, kind: str) -> list[tuple[str, str]]:
     found = []
     words = _WORD.findall(clause)
     for place, word in enumerate(words):
-        article = word == "A" and words[place + 1 : place + 2] and words[place + 1].islower()
+        # "A yellow car" begins with an article, "A 60" with a plate's letter.
+        article = word == "A" and place + 1 < len(words) and words[place + 1].islower()
         for role, known in _ROLES[kind].items():
             value = _value(word, role, known)
             if value and not (role == "letter" and article):
@@ -204,13 +242,21 @@ def _said(clause: str, kind: str) -> list[tuple[str, str]]:
 
 
 def _value(word: str, role: str, known: Sequence[str]) -> str | None:
+    """Return a word as facts write it, or None where no fact can have it in this role."""
     if role == _NUMBER:
-        return str(int(word)) if word.isdecimal() else None
+        if not word.isdecimal():
+            return None
+        return str(int(word))
+    forms: tuple[str, ...]
     if role in _CASED:
-        word = _FULL_MONTHS.get(word, word)
-        return word if word in known else None
-    word = word.casefold().replace(" ", "-")
-    return next((form for form in (word, word.removesuffix("s")) if form in known), None)
+        forms = (_FULL_MONTHS.get(word, word),)
+    else:
+        word = word.casefold().replace(" ", "-")
+        forms = (word, word.removesuffix("s"))
+    for form in forms:
+        if form in known:
+            return form
+    return None
 
 
 def _singulars(text: str) -> list[str]:
@@ -223,8 +269,12 @@ def _singular(word: str) -> str:
     for ending, singular in _ENDINGS.items():
         if word.endswith(ending) and len(word) > len(ending) + 1:
             return word.removesuffix(ending) + singular
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        return word[:-1]
+    return word
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")
+    if not whole:
+        return math.nan
+    return part / whole

@@ -19,6 +19,7 @@ _DIGIT_COMMA = re.compile(r"\d,\d")
 _WORDS = "zero one two three four five six seven eight nine ten"
 _DIGITS = {word: str(value) for value, word in enumerate(_WORDS.split())} | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # What lost one apostrophe gets it back.
 _CONTRACTED = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've "
@@ -29,12 +30,19 @@ _CONTRACTED = (
     "what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've "
     "wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
 )
-_CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word
-    for word in _CONTRACTED.split()
-    for place, mark in enumerate(word)
-    if mark == "'"
-} | {"somebody'd": "somebodyd"}  # as published
+
+
+def _by_lost_apostrophe() -> dict[str, str]:
+    """Return the contractions by what is left of them where one apostrophe is missing."""
+    found = {}
+    for word in _CONTRACTED.split():
+        for place, mark in enumerate(word):
+            if mark == "'":
+                found[word[:place] + word[place + 1 :]] = word
+    return found | {"somebody'd": "somebodyd"}  # as published
+
+
+_CONTRACTIONS = _by_lost_apostrophe()
 
 
 def vqa_accuracy(answer: str, golds: Golds, always_normalize: bool = False) -> Row:
@@ -49,25 +57,37 @@ def vqa_accuracy(answer: str, golds: Golds, always_normalize: bool = False) -> R
     Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015; Goyal et al., CVPR 2017; `vqaEval.py` of
     GT-Vision-Lab/VQA.
     """
-    said, given = _flat(answer), [_flat(gold) for gold in given_golds(golds)]
+    said = _flat(answer)
+    given = [_flat(gold) for gold in given_golds(golds)]
     if not said:
         return _unparseable()
+    # The official script leaves unanimous answers as they are; a single gold answer is not the word of several.
     if always_normalize or len(set(given)) > 1 or len(given) == 1:
-        said, given = vqa_normalized(said), [vqa_normalized(gold) for gold in given]
+        said = vqa_normalized(said)
+        given = [vqa_normalized(gold) for gold in given]
     agreeing = [gold == said for gold in given]
     if len(given) == 1:
         return _row(float(agreeing[0]))
-    return _row(sum(min(1.0, (sum(agreeing) - own) / 3) for own in agreeing) / len(given))
+    total = 0.0
+    for own in agreeing:
+        total += min(1.0, (sum(agreeing) - own) / 3)
+    return _row(total / len(given))
 
 
 def vqa_normalized(text: str) -> str:
     """Return an answer as VQA's evaluation compares it."""
-    commas, bare = bool(_DIGIT_COMMA.search(text)), text
+    commas = bool(_DIGIT_COMMA.search(text))
+    bare = text
     for mark in _PUNCTUATION:
+        # A mark between two words parts them; one beside a space, or in a text with 1,000 in it, goes without a trace.
         dropped = commas or f"{mark} " in text or f" {mark}" in text
         bare = bare.replace(mark, "" if dropped else " ")
-    words = [_DIGITS.get(word, word) for word in _PERIOD.sub("", bare).lower().split()]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    words = []
+    for word in _PERIOD.sub("", bare).lower().split():
+        word = _DIGITS.get(word, word)
+        if word not in _ARTICLES:
+            words.append(_CONTRACTIONS.get(word, word))
+    return " ".join(words)
 
 
 def exact_match(answer: str, golds: Golds) -> Row:
@@ -80,15 +100,15 @@ def exact_match(answer: str, golds: Golds) -> Row:
     golds = given_golds(golds)
     if not answer.strip():
         return {**_unparseable(), "normalized": 0.0}
-    plain = _squad_normalized(answer)
+    normalized_golds = [_squad_normalized(gold) for gold in golds]
     return {
         **_row(float(answer in golds)),
-        "normalized": float(any(plain == _squad_normalized(gold) for gold in golds)),
+        "normalized": float(_squad_normalized(answer) in normalized_golds),
     }
 
 
 def _squad_normalized(text: str) -> str:
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    text = text.lower().translate(_NO_PUNCTUATION)
     return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
 
 
@@ -105,11 +125,15 @@ def relaxed_accuracy(answer: str, golds: Golds, tolerance: float = 0.05) -> Row:
     golds = given_golds(golds)
     if not answer.strip():
         return _unparseable()
-    return _row(float(any(_relaxed(answer, gold, tolerance) for gold in golds)))
+    for gold in golds:
+        if _relaxed(answer, gold, tolerance):
+            return _row(1.0)
+    return _row(0.0)
 
 
 def _relaxed(answer: str, gold: str, tolerance: float) -> bool:
-    said, true = _number(answer), _number(gold)
+    said = _number(answer)
+    true = _number(gold)
     if said is None or not true:
         return answer.lower() == gold.lower()
     return abs(said - true) / abs(true) <= tolerance
@@ -117,10 +141,14 @@ def _relaxed(answer: str, gold: str, tolerance: float) -> bool:
 
 def _number(text: str) -> float | None:
     try:
-        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+        value = float(text.rstrip("%"))
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    if text.endswith("%"):
+        value /= 100
+    if not math.isfinite(value):
+        return None
+    return value
 
 
 def anls(answer: str, golds: Golds, threshold: float = 0.5) -> Row:
@@ -132,11 +160,16 @@ def anls(answer: str, golds: Golds, threshold: float = 0.5) -> Row:
     Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019; Mathew et al., "DocVQA", WACV 2021, and the
     evaluation script of the Robust Reading Competition's DocVQA challenge.
     """
-    said, given = " ".join(answer.lower().split()), [" ".join(gold.lower().split()) for gold in given_golds(golds)]
+    golds = given_golds(golds)
+    said = " ".join(answer.lower().split())
     if not said:
         return _unparseable()
-    best = max(_similarity(said, gold, threshold) for gold in given)
-    return _row(best if best >= threshold else 0.0)
+    best = 0.0
+    for gold in golds:
+        best = max(best, _similarity(said, " ".join(gold.lower().split()), threshold))
+    if best < threshold:
+        return _row(0.0)
+    return _row(best)
 
 
 def _similarity(a: str, b: str, threshold: float) -> float:
@@ -148,12 +181,15 @@ def _similarity(a: str, b: str, threshold: float) -> float:
 
 def edit_distance(a: str, b: str) -> int:
     """Return Levenshtein's distance: insertions, deletions and substitutions that turn `a` into `b`."""
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, right in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
-    return row[-1]
+    # Distances of the part of `a` read so far to every beginning of `b`.
+    distances = list(range(len(b) + 1))
+    for row, character in enumerate(a, 1):
+        before = distances
+        distances = [row]
+        for column, other in enumerate(b, 1):
+            substituted = before[column - 1] + (character != other)
+            distances.append(min(before[column] + 1, distances[-1] + 1, substituted))
+    return distances[-1]
 
 
 def multiple_choice(answer: str, golds: Golds, choices: Sequence[str] = ()) -> Row:
@@ -166,19 +202,20 @@ def multiple_choice(answer: str, golds: Golds, choices: Sequence[str] = ()) -> R
     """
     right = {_gold_letter(gold, choices) for gold in given_golds(golds)}
     picked = read(answer, kind="choice", choices=choices).value
-    return _unparseable() if picked is None else _row(float(picked in right))
+    if picked is None:
+        return _unparseable()
+    return _row(float(picked in right))
 
 
 def _gold_letter(gold: str, choices: Sequence[str]) -> str:
-    value = read(gold, kind="choice", choices=choices).value
-    if value is None and gold.strip().isdecimal():
-        value = chr(ord("a") + int(gold))
-    places = ord(value) - ord("a") if isinstance(value, str) else -1
-    if places < 0 or (choices and places >= len(choices)):
+    letter = read(gold, kind="choice", choices=choices).value
+    if letter is None and gold.strip().isdecimal():
+        letter = chr(ord("a") + int(gold))
+    if not isinstance(letter, str) or (choices and ord(letter) - ord("a") >= len(choices)):
         raise ValueError(
             f"gold answer is {gold!r}; give a letter, an index from 0 or a text of the choices {list(choices)}"
         )
-    return str(value)
+    return letter
 
 
 def pope(answer: str, golds: Golds) -> Row:
@@ -199,32 +236,49 @@ def pope(answer: str, golds: Golds) -> Row:
     if true is None or len(golds) != 1:
         raise ValueError(f"gold answers are {list(golds)}; POPE asks for one, 'yes' or 'no'")
     said = _said_yes(answer)
-    counted = said if said is not None else not true
-    cell = ("t" if counted == true else "f") + ("p" if counted else "n")
-    row = {name: float(name == cell) for name in ("tp", "fp", "tn", "fn")}
-    return {"score": float(counted == true), **row, "yes": float(said is True), "unparseable": float(said is None)}
+    # What says neither counts as the wrong one of the two.
+    counted = (not true) if said is None else said
+    return {
+        "score": float(counted == true),
+        "tp": float(counted and true),
+        "fp": float(counted and not true),
+        "tn": float(not counted and not true),
+        "fn": float(not counted and true),
+        "yes": float(said is True),
+        "unparseable": float(said is None),
+    }
 
 
 def _said_yes(answer: str) -> bool | None:
+    # The rest of the output often explains, and denies what else could be there.
     sentence = answer.strip().partition(".")[0].replace(",", "").casefold()
     words = re.findall(r"\w+", sentence)
     if "no" in words or "not" in words:
         return False
-    return True if "yes" in words or " ".join(words).startswith(("there is", "there are")) else None
+    if "yes" in words or words[:2] in (["there", "is"], ["there", "are"]):
+        return True
+    return None
 
 
 def confusion(rows: Sequence[Row]) -> Row:
     """Return accuracy, precision, recall, F1 and yes-rate of POPE's rows; a ratio without a denominator is 0."""
-    tp, fp, tn, fn = (sum(row[cell] for row in rows) for cell in ("tp", "fp", "tn", "fn"))
-    precision = tp / (tp + fp) if tp else 0.0
-    recall = tp / (tp + fn) if tp else 0.0
+    totals = dict.fromkeys(("tp", "fp", "tn", "fn", "yes", "unparseable"), 0.0)
+    for row in rows:
+        for name in totals:
+            totals[name] += row[name]
+    tp = totals["tp"]
+    precision = recall = f1 = 0.0
+    if tp:  # else all three are 0, or have no denominator
+        precision = tp / (tp + totals["fp"])
+        recall = tp / (tp + totals["fn"])
+        f1 = 2 * precision * recall / (precision + recall)
     return {
-        "accuracy": (tp + tn) / len(rows),
+        "accuracy": (tp + totals["tn"]) / len(rows),
         "precision": precision,
         "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if tp else 0.0,
-        "yes_rate": sum(row["yes"] for row in rows) / len(rows),
-        "unparseable": sum(row["unparseable"] for row in rows) / len(rows),
+        "f1": f1,
+        "yes_rate": totals["yes"] / len(rows),
+        "unparseable": totals["unparseable"] / len(rows),
     }
 
 

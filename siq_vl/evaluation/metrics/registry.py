@@ -48,14 +48,18 @@ class Metric:
             ValueError: numbers of samples that differ; a sample without a gold answer, or with a bad one, named by its
                 place.
         """
-        columns = {"references": references if self.reference else None, "choices": choices if self.choices else None}
         if self.reference and references is None:
             raise ValueError(f"references are missing; this metric needs one a prediction: {self.reference}")
-        columns = {name: column for name, column in columns.items() if column is not None}
+        columns: dict[str, Sequence] = {}
+        if self.reference and references is not None:
+            columns["references"] = references
+        if self.choices and choices is not None:
+            columns["choices"] = choices
         for name, column in columns.items():
             if len(column) != len(predictions):
                 raise ValueError(f"got {len(predictions)} predictions and {len(column)} {name}; give one a prediction")
         rows = []
+        # An error of one sample is worth little without its place.
         for place, (prediction, *others) in enumerate(zip(predictions, *columns.values(), strict=True)):
             try:
                 rows.append(self.score("" if prediction is None else prediction, *others, **options))
@@ -86,8 +90,11 @@ def _means(headline: str) -> Callable[[Sequence[Row]], Row]:
     """Return a summary that names the mean of `score` by the metric, and means of everything else by their own names."""
 
     def summarize(rows: Sequence[Row]) -> Row:
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        return {headline: means.pop("score"), **means}
+        means = {}
+        for name in rows[0]:  # all rows of a metric have the same keys
+            values = [row[name] for row in rows]
+            means[headline if name == "score" else name] = sum(values) / len(values)
+        return means
 
     return summarize
 
@@ -111,6 +118,9 @@ METRICS: Mapping[str, Metric] = {
     "structure_score": Metric(reasoning.structure_score, _means("structure_score"), "structure_score"),
     "step_score": Metric(reasoning.step_score, _means("step_score"), "step_score", "text"),
     "repetition": Metric(reasoning.repetition, _means("loop_rate"), "loop_rate"),
+    "ignored_instruction": Metric(
+        reasoning.ignored_instruction, _means("ignored_instruction_rate"), "ignored_instruction_rate", "text"
+    ),
     "mixed_language": Metric(reasoning.mixed_language, _means("mixed_language_rate"), "mixed_language_rate"),
     "running_accuracy": Metric(reasoning.correctness, reasoning.running_accuracy, "stability"),
 }

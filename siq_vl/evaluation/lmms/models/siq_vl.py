@@ -8,12 +8,10 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from siq_vl.data.conversations import with_markers
-from siq_vl.evaluation.generation import batches_by_length, complete, rendered
+from siq_vl.evaluation.generation import batches_by_length, complete, fitting_new_tokens, rendered
 from siq_vl.evaluation.runner import load_any
 from siq_vl.parsing.answers import parse
 from siq_vl.processing_siq_vl import to_rgb
-
-MAX_NEW_TOKENS = 1024  # where the task sets no bound; a rationale comes before the answer
 
 
 class SiQVL(lmms):
@@ -22,7 +20,8 @@ class SiQVL(lmms):
     Args:
         pretrained: folder or Hub id of the checkpoint.
         batch_size: requests answered together; it changes no answer.
-        max_new_tokens: least bound on an output; tasks bound the answer alone, and here a rationale comes before it.
+        max_new_tokens: least bound on an output; tasks bound the answer alone, and here a rationale comes before it. By
+            default what fits the checkpoint.
         keep_rationale: give the harness the whole output rather than the answer in it.
         enable_thinking: False asks for answers without reasoning.
         trust_remote_code: run the code that the checkpoint carries.
@@ -38,7 +37,7 @@ class SiQVL(lmms):
         self,
         pretrained: str,
         batch_size: int | str = 1,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         keep_rationale: bool = False,
         enable_thinking: bool = True,
         trust_remote_code: bool = False,
@@ -54,7 +53,9 @@ class SiQVL(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._model, self.processor = load_any(pretrained, trust_remote_code=trust_remote_code)
-        self.batch_size, self.max_new_tokens, self.keep_rationale = int(batch_size), max_new_tokens, keep_rationale
+        self.batch_size = int(batch_size)
+        self.max_new_tokens = fitting_new_tokens(pretrained) if max_new_tokens is None else max_new_tokens
+        self.keep_rationale = keep_rationale
         self.template_options = {} if enable_thinking else {"enable_thinking": False}
 
     @property
@@ -71,12 +72,18 @@ class SiQVL(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return an answer a request, in their order; `until` strings end an answer early."""
+        # A batch has one bound on its outputs, so requests with the same one are answered together.
+        places_by_bound: dict[int, list[int]] = {}
+        for place, request in enumerate(requests):
+            bound = int(request.args[1].get("max_new_tokens") or 0)
+            places_by_bound.setdefault(bound, []).append(place)
         answers = [""] * len(requests)
-        bounds = [int(request.args[1].get("max_new_tokens") or 0) for request in requests]
-        for bound in sorted(set(bounds)):
-            places = [place for place in range(len(requests)) if bounds[place] == bound]
-            prompts, images = zip(*(self._asked(requests[place]) for place in places), strict=True)
-            texts = [rendered(self.processor, prompt, self.template_options) for prompt in prompts]
+        for bound, places in sorted(places_by_bound.items()):
+            texts, images = [], []
+            for place in places:
+                prompt, pictures = self._asked(requests[place])
+                texts.append(rendered(self.processor, prompt, self.template_options))
+                images.append(pictures)
             for batch in batches_by_length(texts, list(map(len, images)), self.batch_size):
                 outputs = complete(
                     self._model,
@@ -87,19 +94,25 @@ class SiQVL(lmms):
                 )
                 for index, output in zip(batch, outputs, strict=True):
                     place = places[index]
-                    answers[place] = self._answer(output, requests[place].args[1].get("until"))
+                    answers[place] = self._answer(output.text, requests[place].args[1].get("until"))
         return answers
 
     def _asked(self, request: Instance) -> tuple[list[dict], list[Image.Image]]:
         """Return the prompt and the pictures of a request."""
         context, _, visuals_of, doc_id, task, split = request.args
-        visuals = [visual for visual in visuals_of(self.task_dict[task][split][doc_id]) or [] if visual is not None]
-        images = [to_rgb(visual) for visual in visuals]
+        images = []
+        for visual in visuals_of(self.task_dict[task][split][doc_id]) or ():
+            if visual is not None:
+                images.append(to_rgb(visual))
         return with_markers([("user", context)], len(images)), images
 
     def _answer(self, output: str, until: str | Sequence[str] | None) -> str:
         answer = output if self.keep_rationale else parse(output).answer
-        for ending in [until] if isinstance(until, str) else until or ():
+        if until is None:
+            until = ()
+        elif isinstance(until, str):
+            until = (until,)
+        for ending in until:
             if ending.strip():  # a line break ends no answer here: it may stand between the tags
                 answer = answer.split(ending)[0]
         return answer.strip()
