@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
@@ -105,7 +106,7 @@ def check_expressible(model: SiQVLForConditionalGeneration, processor: SiQVLProc
     text_config = config.text_config.to_dict()
     rope = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
     side = config.vision_config.image_size
-    rules = [
+    rules: list[tuple[str, Any, list, str]] = [
         ("text_config.model_type", config.text_config.model_type, ["qwen2"], "the language model must be a Qwen2"),
         ("the kind of rotary positions", rope.get("rope_type", "default"), ["default"], "they must not be scaled"),
         ("sliding_window", sliding_window(config.text_config), [None], "every layer must attend to all tokens"),
@@ -141,7 +142,8 @@ def shift(model: SiQVLForConditionalGeneration) -> float:
     So by Cauchy and Schwarz no value of `W x + b` is larger than the sum, over the patches of a block, of
     `|w * weight| sqrt(width) + |w . bias|`, plus `|b|`.
     """
-    norm, linear = model.vision_tower.post_layernorm, model.model.projector.linear
+    tower: Any = model.vision_tower
+    norm, linear = tower.post_layernorm, model.model.projector.linear
     width = norm.weight.shape[0]
     by_patch = linear.weight.double().reshape(linear.weight.shape[0], -1, width)  # (text_width, factor**2, width)
     bound = (by_patch * norm.weight.double()).norm(dim=2).sum(dim=1) * width**0.5
@@ -251,7 +253,7 @@ def _write_picture_side(model: SiQVLForConditionalGeneration, processor: SiQVLPr
 
 
 def _tower_weights(model: SiQVLForConditionalGeneration) -> dict[str, torch.Tensor]:
-    tower = model.vision_tower
+    tower: Any = model.vision_tower
     weights = {
         "v.patch_embd.weight": tower.embeddings.patch_embedding.weight,
         "v.patch_embd.bias": tower.embeddings.patch_embedding.bias,

@@ -13,7 +13,9 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -49,7 +51,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, model: SiQVLForConditionalGeneration):
         super().__init__()
-        self.tower = model.vision_tower
+        self.tower: Any = model.vision_tower
         self.projector = model.model.projector
         self.scale = 1.0
         if scales_embeddings_inside(model.config.text_config):
@@ -97,7 +99,7 @@ class MergedDecoder(nn.Module):
 
     def __init__(self, model: SiQVLForConditionalGeneration, attention: bool):
         super().__init__()
-        self.language_model = model.language_model
+        self.language_model: Any = model.language_model
         self.lm_head = model.lm_head
         self.text_config = model.config.text_config
         self.attention = attention
@@ -196,9 +198,11 @@ def export_onnx(
     sessions = Path(folder) / "onnx"
     sessions.mkdir(parents=True, exist_ok=True)
     with_data_file = []
-    for name, trace in ((VISION, _vision), (EMBEDDINGS, _embeddings), (DECODER, _decoder)):
+    traces = {VISION: partial(_vision, model), EMBEDDINGS: partial(_embeddings, model)}
+    traces[DECODER] = partial(_decoder, model, attention)
+    for name, trace in traces.items():
         whole = sessions / f"{name}.onnx"
-        proto = trace(model, attention) if name == DECODER else trace(model)
+        proto = trace()
         logger.info("%s: %d operations", name, len(proto.graph.node))
         _save(proto, whole)
         del proto
