@@ -103,7 +103,8 @@ class MergedDecoder(nn.Module):
         self.lm_head = model.lm_head
         self.text_config = model.config.text_config
         self.attention = attention
-        self.language_model.set_attn_implementation("eager")
+        language_model: Any = model.language_model
+        language_model.set_attn_implementation("eager")
 
     def forward(
         self,
