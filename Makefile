@@ -40,6 +40,12 @@ test-newest:
 	$(VENV_NEWEST)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	$(VENV_NEWEST)/bin/python $(PYTEST)
 
+# What only a machine with a GPU can say, in at most 35 minutes: docs/gpu.md and docs/results/gpu.json. Without a GPU:
+# `benchmarks/gpu.py --device cpu --quick` rehearses it.
+.PHONY: gpu
+gpu: $(VENV)/.ready
+	$(VENV)/bin/python benchmarks/gpu.py
+
 # Every way to share a training among processes, DeepSpeed's too: on two processes of the CPU.
 VENV_DEVICES ?= .venv-devices
 .PHONY: test-devices

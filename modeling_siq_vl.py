@@ -6,8 +6,11 @@ Shapes below use `n_images` for the number of images in the whole batch, in the 
 `config.vision_config.image_size`). The tiles of a picture that the processor cuts (`max_tiles`) are images here.
 """
 
+import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional, Union
 
 import torch
@@ -26,6 +29,7 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -211,6 +215,30 @@ def _warn_of_attention_without_cap(text_config: PretrainedConfig) -> None:
         )
 
 
+def _checkpoint_where_it_trains(
+    layer: nn.Module, checkpoint: Callable, function: Callable, hidden_states: torch.Tensor, *args
+) -> Any:
+    """
+    Runs a layer of the vision tower, checkpointed unless there is nothing to differentiate in it.
+
+    Before the first layer that trains autograd keeps nothing, and checkpointing would only cost. From there on it needs
+    an input that requires grad, without which checkpointing with reentrant silently trains nothing.
+
+    Args:
+        layer (`nn.Module`): The layer, which tells whether it trains.
+        checkpoint (`Callable`): How layers are checkpointed: called with a function and its arguments.
+        function (`Callable`): The layer's own forward pass.
+        hidden_states (`torch.Tensor` of shape `(n_images, n_patches, vision_hidden_size)`): The layer's input.
+        args: Its further inputs.
+    """
+    if not hidden_states.requires_grad:
+        if not any(parameter.requires_grad for parameter in layer.parameters()):
+            return function(hidden_states, *args)
+        if torch.is_grad_enabled():
+            hidden_states = hidden_states.detach().requires_grad_(True)
+    return checkpoint(function, hidden_states, *args)
+
+
 def _is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 or ZeRO-3 spreads the weights of a module over the processes."""
     # The former makes them `DTensor`s; the latter marks them.
@@ -242,6 +270,32 @@ class SiQVLPreTrainedModel(PreTrainedModel):
         over what SigLIP's attention and MLP blocks do for their layers.
         """
         return False
+
+    def enable_input_require_grads(self) -> None:
+        """
+        Lets gradients flow from the language model's embeddings on, as checkpointing with reentrant needs it.
+
+        transformers 5 would hook the vision tower's patch embedding too, so that each step would compute a frozen tower
+        twice and differentiate it. A tower that trains needs no such hook: see [`_checkpoint_where_it_trains`].
+        """
+
+        def require_grad(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            output.requires_grad_(True)
+
+        # Both names are read by `disable_input_require_grads`, one by each major.
+        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(require_grad)
+        self._require_grads_hooks = [self._require_grads_hook]
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        """Switches checkpointing on or off; the vision tower's layers are checkpointed only where they train."""
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        for tower in self.modules():
+            if not isinstance(tower, SiglipVisionModel):
+                continue
+            for layer in tower.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    checkpoint = layer._gradient_checkpointing_func
+                    layer._gradient_checkpointing_func = partial(_checkpoint_where_it_trains, layer, checkpoint)
 
 
 class SiQVLModel(SiQVLPreTrainedModel):
@@ -463,7 +517,7 @@ class SiQVLModel(SiQVLPreTrainedModel):
         )
         return SiQVLModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},  # the other name costs on every step of a generation
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
@@ -677,7 +731,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         return SiQVLCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
@@ -765,7 +819,7 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         for budget in budgets:
             budget.start(input_ids_seq_length, generation_config.max_length, generation_config.eos_token_id)
         others = [found for found in processors if not isinstance(found, ThinkingBudgetLogitsProcessor)]
-        return LogitsProcessorList([*others, *budgets])
+        return _Processors([*others, *budgets])
 
     def _images_per_sample(
         self, n_tokens: int, input_ids: Optional[torch.LongTensor], inputs_embeds: Optional[torch.Tensor] = None
@@ -825,6 +879,22 @@ class SiQVLForConditionalGeneration(SiQVLPreTrainedModel, GenerationMixin):
         if vision_features is not None:
             model_kwargs["vision_features"] = vision_features
         return input_ids, model_kwargs
+
+
+# transformers 5 asks for the signature of remote code at each step of a generation, and finds it here at once.
+SiQVLForConditionalGeneration.forward.__signature__ = inspect.signature(SiQVLForConditionalGeneration.forward)
+
+
+class _Processors(LogitsProcessorList):
+    """Logits processors in their order, which are not asked for their signatures at each step."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.Tensor:
+        """Takes and returns scores of shape `(batch_size, vocab_size)`."""
+        if kwargs:  # which of them takes these is told by their signatures
+            return super().__call__(input_ids, scores, **kwargs)
+        for processor in self:
+            scores = processor(input_ids, scores)
+        return scores
 
 
 class _SuppressPlaceholder(LogitsProcessor):

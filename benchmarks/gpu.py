@@ -163,7 +163,7 @@ def other_tables(options: argparse.Namespace) -> dict[str, str]:
     tables = {}
     for measurement in measurements(options):
         file = kept_file(measurement, options)
-        if not file.exists():
+        if measurement.way or not file.exists():
             continue
         for name, (header, *rows) in read_results(file)["tables"].items():
             tables[f"{measurement.group}: {name}"] = common.table(header, rows)

@@ -9,7 +9,6 @@ project's own trainer and data loader, as the recipes have it. Steps before `--w
 runs it for every way there is, each in a process of its own.
 """
 
-import json
 import logging
 import tempfile
 from pathlib import Path
@@ -166,6 +165,12 @@ def _self_time(event, device: str) -> float:
     return event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
 
 
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return "unknown"
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
 def main() -> None:
     parser = common.parser_of(__doc__)
     parser.add_argument("--stage", choices=STAGES, default="2")
@@ -198,8 +203,9 @@ def main() -> None:
             common.keep(options, {"profile": table.split("\n\n")[0]})
             return
         figures = measured(options, place)
-    print(json.dumps(figures, indent=1))
-    common.keep(options, {}, figures)
+    table = common.table(list(figures), [[_cell(value) for value in figures.values()]])
+    print(table)
+    common.keep(options, {"step": table}, figures)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,12 @@ SHOWN = {
     "training": ["plain TRL, pixels, padded", "packed rows", "stored vision features", "all levers"],
     "idefics3": ["Idefics3, plain TRL", "SiQ-VL, plain TRL", "SiQ-VL, all levers"],
     "generation": ["time to first token", "decoding", "SiQ-VL, static cache"],
+    "checkpointing": ["tower without a graph", "checkpointing as it is", "tower hooked and checkpointed"],
     "loader": ["pictures decoded, 0 processes", "stored features, 0 processes"],
+    "start_up": ["as before", "first start", "next start", "first row of a stream"],
     "memory": ["| stage 1 | no | 2 |", "| LoRA | yes | 2 |"],
     "scaling": ["tokens a row", "pictures in", "MiB resident"],
+    "step": ["tokens/s", "| sdpa |"],
     "fits": ["PREDICTION", "| 8 GB | 0.5B | 3 | QLoRA |"],
 }
 

@@ -34,6 +34,7 @@ from siq_vl.data.mixture_config import FeatureArguments
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.planning.plan import plan
 from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.training import stored_features
 from siq_vl.training.recipes import parse_recipe
 from siq_vl.training.run import make_trainer, mixture_for_stage
 from siq_vl.training.starting_model import load_for_stage
@@ -460,6 +461,38 @@ def decided(caplog) -> str:
 def prepared(recipe):
     model, processor = load_for_stage(recipe)
     return make_trainer(recipe, model, processor, mixture_for_stage(recipe, "answer", processor).rows)
+
+
+@pytest.mark.parametrize(
+    ("tower", "read", "says"),
+    [
+        (
+            9e-3,
+            1e-3,
+            "stored: each of 10 rows is read 2 times; a tile's features take 9 ms to compute and 1 ms to read",
+        ),
+        (
+            2e-3,
+            1e-3,
+            "not stored: a tile's features take 2 ms to compute and 1 ms to read, which does not pay for 2 times",
+        ),
+    ],
+)
+def test_what_reading_costs_decides(photos, tmp_path, caplog, monkeypatch, tower, read, says):
+    monkeypatch.setattr(stored_features, "tile_costs", lambda *given: features_build.TileCosts(tower, read))
+    with caplog.at_level(logging.INFO):
+        prepared(recipe_for(photos, tmp_path))
+    assert says in decided(caplog)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_costs_are_measured_on_a_tile(make_model, processor, monkeypatch, dtype):
+    model, seen = make_model(), []
+    model.model.vision_tower.register_forward_hook(lambda *passed: seen.append(tuple(passed[2][0].shape[:2])))
+    costs = features_build.tile_costs(model.train(), processor, dtype, False)
+    assert seen == [(1, 16)] * 3 and model.model.vision_tower.training
+    assert min(costs.read, costs.tower) > 0
+    assert not features_build.TileCosts(1.0, 0.5).pay(2) and features_build.TileCosts(1.0, 0.4).pay(2)
 
 
 @pytest.mark.parametrize(

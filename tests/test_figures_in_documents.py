@@ -52,6 +52,19 @@ SENTENCES = (
     "{anyres[anyres][anywhere, all tiles and the thumbnail][of]} elsewhere",
     # Memory
     "the prediction is within {memory[largest error in percent]}% of the measured peak",
+    # Start-up, checkpointing, generation
+    "a first start takes {start-up[pictures inside][first start][us a row]} with pictures in parquet files and "
+    "{start-up[pictures named][first start][us a row]} where a JSON file names them, "
+    "{start-up[pictures inside][first start][ratio]} and {start-up[pictures named][first start][ratio]} times less than row "
+    "by row; the next start {start-up[pictures inside][next start][us a row]} and "
+    "{start-up[pictures named][next start][us a row]}.",
+    "takes {checkpointing-v5[a step of stage 1][checkpointing as it is][s]} s of one core, "
+    "{checkpointing-v5[a step of stage 1][tower without a graph][s]} s where the tower runs without a graph, and "
+    "{checkpointing-v5[a step of stage 1][tower hooked and checkpointed][s]} s where it is checkpointed as transformers would",
+    "decoding runs at {generation[decoding, batch of 1, 105 tokens of prompt][SiQ-VL][ratio]} times its tokens/s "
+    "({generation[decoding, batch of 1, 105 tokens of prompt][SiQ-VL][range of ratios]}), and with models so small that only "
+    "overhead is left at {generation-overhead[decoding, batch of 1, 45 tokens of prompt][SiQ-VL][ratio]} times "
+    "({generation-overhead[decoding, batch of 1, 45 tokens of prompt][SiQ-VL][range of ratios]})",
     # Ablations
     "from {ablations[differences][short - control][accuracy]} points (`short`) to "
     "{ablations[differences][structured - control][accuracy]} (`structured`)",
@@ -101,14 +114,14 @@ WRITTEN = {
 # What digits may say besides measurements: names, versions, settings, sizes that are given.
 NOT_MEASURED = (
     # Names and versions.
-    r"SigLIP-2|Qwen2(\.5)?|Idefics3|FSDP2|NF4|int8|bfloat16|float32|base64|Apache 2\.0|Table 3|\bA\.[456]\b",
+    r"SigLIP-2|Qwen2(\.5)?|Idefics3|FSDP2|ZeRO-[23]|NF4|int8|bfloat16|float32|base64|Apache 2\.0|Table 3|\bA\.[456]\b",
     r"transformers [45](\.\d+)?( and 5\.x)?",
-    r"[Ss]tages? [0-3]( and [0-3])?|the same stage-2 checkpoint|\b(0\.5|1\.5)B model|http://127\.0\.0\.1:7860",
+    r"[Ss]tages? [0-3]( and [0-3])?|the same stage-2 checkpoint|\b(0\.5|1\.5)B( model)?\b|at most 35 minutes|http://127\.0\.0\.1:7860",
     # Enumerations, terms and arithmetic.
     r" [1-3]\. (?=\*\*)|95%( Wilson)? intervals?|the report's 1 - accuracy|1: one, drawn by the weights; 0: all",
     # Settings, which recipes, options and defaults hold.
     r"max_thinking_tokens=64|max_tiles=4|16-bit greyscale|96-pixel pictures|moved by one pixel",
-    r"every 50 steps and at the end|they fit \(20\)",
+    r"every 50 steps and at the end|they fit `?feature_cache_gb`? \(20\)|they fit \(20\)|Of 50,000 short rows",
     r"those that divide 128|rows of 512 tokens, of 1,024 in|LoRA r=64|the rest of 128 is accumulated|batches of 1 and 4",
     r"three seeds, 230 steps, 500 held-out questions|rationales of at most 12 tokens|traces of which 40% have a fault",
     r"seed 42, 900 held-out questions|Try it in 60 seconds",

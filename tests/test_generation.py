@@ -1,5 +1,7 @@
 """Generation beyond the basics of test_modeling.py: other ways to decode, and what they cost."""
 
+import inspect
+
 import pytest
 import torch
 from test_modeling import IMAGE, V4, prompts
@@ -168,3 +170,18 @@ class TestLogitsToKeep:
         model.lm_head.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
         generate(model, inputs, max_new_tokens=3, min_new_tokens=3)
         assert lengths == [1, 1, 1]
+
+
+def test_a_step_asks_for_one_signature_at_most(make_model, processor, make_image, monkeypatch):
+    """transformers would ask each logits processor, and 5 asks for that of remote code."""
+    model = make_model()
+    inputs = processor(images=make_image(0), text=f"{IMAGE}What?", return_tensors="pt")
+    asked = []
+    signature = inspect.signature
+    monkeypatch.setattr(inspect, "signature", lambda *args, **kwargs: asked.append(1) or signature(*args, **kwargs))
+    counts = []
+    for new_tokens in (2, 22):
+        del asked[:]
+        model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+        counts.append(len(asked))
+    assert counts[1] - counts[0] <= 20

@@ -1,8 +1,12 @@
 """The model: against transformers' own classes, and against itself under batching, caching and generation."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, Idefics3Config, Idefics3ForConditionalGeneration
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
@@ -52,6 +56,43 @@ def uncompiled():
     """Flex attention without the half a minute that compiling it takes."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@dataclass
+class StepCost:
+    """What a step computes: how often each layer of the tower, and the floating-point operations of its parts."""
+
+    tower_layers: list[int]
+    tower_flops: int
+    flops: int
+
+
+def cost_of_a_step(model, inputs) -> StepCost:
+    """Counts the forward and backward pass of one step."""
+    layers = model.model.vision_tower.encoder.layers
+    counts = [0] * len(layers)
+
+    def count(index):
+        def hook(module, args):
+            counts[index] += 1
+
+        return hook
+
+    # Hooks of a layer itself do not run again on transformers 5, where it is computed again.
+    hooks = [layer.mlp.register_forward_pre_hook(count(index)) for index, layer in enumerate(layers)]
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    tower = counter.get_flop_counts()["SiQVLForConditionalGeneration.model.vision_tower"]
+    return StepCost(counts, sum(tower.values()), counter.get_total_flops())
+
+
+def gradients_of(model, inputs) -> dict[str, torch.Tensor]:
+    """The gradients of one step, by the parameter's name."""
+    model.zero_grad()
+    model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
 
 
 class TestTokensPerImage:
@@ -451,6 +492,71 @@ class TestTraining:
         )
         for name in ("model.projector.linear.weight", "model.language_model.layers.0.mlp.up_proj.weight"):
             torch.testing.assert_close(gradients[0][name], gradients[1][name])
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_checkpointing_spares_a_frozen_tower(self, make_model, processor, make_image, reentrant):
+        model, inputs = make_model(vision={"num_hidden_layers": 4}).train(), prompts(processor, make_image, 1, 2)
+        model.requires_grad_(False)
+        model.model.projector.requires_grad_(True)
+        plain = cost_of_a_step(model, inputs)
+        with FlopCounterMode(display=False) as language_model, torch.no_grad():
+            model.model(input_ids=torch.ones_like(inputs["input_ids"]), use_cache=False)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()  # as TRL does with PEFT, and transformers 5 always
+        checkpointed = cost_of_a_step(model, inputs)
+        assert checkpointed.tower_layers == plain.tower_layers == [1, 1, 1, 1]
+        assert checkpointed.tower_flops == plain.tower_flops
+        # The language model alone is computed once more.
+        assert plain.flops < checkpointed.flops <= plain.flops + language_model.get_total_flops()
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_checkpointing_computes_the_trained_layers_of_a_tower_alone_again(
+        self, make_model, processor, make_image, reentrant
+    ):
+        model, inputs = make_model(vision={"num_hidden_layers": 4}).train(), prompts(processor, make_image, 1)
+        model.requires_grad_(False)
+        model.model.projector.requires_grad_(True)
+        model.model.vision_tower.encoder.layers[2:].requires_grad_(True)
+        plain = gradients_of(model, inputs)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpointed = gradients_of(model, inputs)
+        assert checkpointed.keys() == plain.keys()
+        assert {"model.vision_tower.encoder.layers.2.mlp.fc1.weight", "model.projector.linear.weight"} < plain.keys()
+        for name, gradient in plain.items():
+            torch.testing.assert_close(checkpointed[name], gradient)
+        assert cost_of_a_step(model, inputs).tower_layers == [1, 1, 2, 2]
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    @pytest.mark.parametrize("enabled_first", [True, False])
+    def test_checkpointing_trains_what_peft_puts_into_the_tower(
+        self, make_model, processor, make_image, reentrant, enabled_first
+    ):
+        gradients = []
+        for checkpointing in (False, True):
+            model, inputs = make_model(vision={"num_hidden_layers": 3}).train(), prompts(processor, make_image, 2)
+            if checkpointing and enabled_first:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            torch.manual_seed(0)
+            targets = r".*\.(language_model|vision_tower)\..*\.(q_proj|v_proj)"
+            wrapped = get_peft_model(
+                model,
+                LoraConfig(
+                    r=2,
+                    target_modules=targets,
+                    modules_to_save=["projector", "vision_tower.encoder.layers.1"],
+                    init_lora_weights=False,
+                ),
+            ).train()
+            if checkpointing and not enabled_first:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.enable_input_require_grads()
+            gradients.append(gradients_of(wrapped, inputs))
+        plain, checkpointed = gradients
+        assert checkpointed.keys() == plain.keys()
+        for part in ("layers.0.self_attn.q_proj.lora_A", "layers.1.modules_to_save.default.mlp.fc1.weight"):
+            assert any(f"vision_tower.encoder.{part}" in name for name in plain)
+        for name, gradient in plain.items():
+            torch.testing.assert_close(checkpointed[name], gradient)
 
     @pytest.mark.parametrize("tied", [True, False])
     def test_resized_embeddings(self, make_model, processor, make_image, tmp_path, tied):

@@ -168,7 +168,10 @@ HOW = {
     "python train_sft.py --stage 2 --recipe siq-vl-0.5b --batching packed --pack_tokens 4096 --dry_run": Run(),
     **{
         f"python benchmarks/{name}.py": Elsewhere("tests/test_benchmarks.py")
-        for name in ("training", "idefics3", "generation", "loader", "memory", "scaling", "fits", "questions")
+        for name in (
+            *("training", "idefics3", "generation", "start_up", "checkpointing", "loader", "memory", "scaling", "fits"),
+            "questions",
+        )
     },
     "python -m siq_vl.planning.doctor --recipe siq-vl-0.5b --stage 2 --random_weights true --sources figures": Run(
         says="GiB predicted"

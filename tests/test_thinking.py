@@ -1,5 +1,7 @@
 """Reasoning that is switched off, and reasoning that is bounded: an answer always follows."""
 
+from random import Random
+
 import pytest
 import torch
 from conftest import REPO_ROOT
@@ -191,6 +193,61 @@ class TestSteps:
             assert "</answer>".endswith(told.removesuffix("<|im_end|>")) and len(told) > 3
         else:
             assert told.removesuffix("<|im_end|>") == forced
+
+
+class TestReadingOnce:
+    """A row is read token by token, and what was read is read again only where rows change places."""
+
+    @pytest.fixture
+    def budget(self, processor):
+        def make():
+            return ThinkingBudgetLogitsProcessor(processor.tokenizer, 12).start(3, 93, processor.tokenizer.eos_token_id)
+
+        return make
+
+    def test_a_step_reads_its_tokens_alone(self, budget, processor, monkeypatch):
+        read = []
+        decode = type(processor.tokenizer).decode
+        monkeypatch.setattr(
+            type(processor.tokenizer),
+            "decode",
+            lambda self, ids, **how: read.append(len(ids)) or decode(self, ids, **how),
+        )
+        ids = torch.tensor(
+            [[7, 7, 7, *processor.tokenizer.encode("<think>" + "letters " * 10, add_special_tokens=False)]] * 4
+        )
+        known = budget()
+        for length in range(3, ids.shape[1]):
+            del read[:]
+            known(ids[:, :length], torch.zeros(4, len(processor.tokenizer)))
+            assert sum(read) <= 4 * 64  # a window or two a row, however long it is
+
+    def test_rows_that_change_places_and_drafts_that_are_taken_back(self, budget, processor):
+        """What is asked for is what a processor asks for that reads everything anew."""
+        tokenizer, chance = processor.tokenizer, Random(0)
+        texts = ("<think>", "</think>", "<answer>", "</answer>", "a", "é", "</", "ink>", "answer>", " ")
+        forced = 0
+        for _ in range(2):
+            known, ids, earlier, waiting = budget(), torch.full((3, 3), 7), [], [[], [], []]
+            while ids.shape[1] < 93:
+                scores = known(ids, torch.zeros(3, len(tokenizer)))
+                assert torch.equal(scores, budget()(ids, torch.zeros(3, len(tokenizer))))
+                following = []
+                for row, tokens in zip(scores, waiting, strict=True):
+                    allowed = (row == 0).nonzero()[:, 0].tolist()
+                    if len(allowed) == 1:
+                        forced += 1
+                        tokens[:] = allowed
+                    elif not tokens:
+                        tokens += tokenizer.encode(chance.choice(texts), add_special_tokens=False)
+                    following.append(tokens.pop(0))
+                earlier.append(ids)
+                ids = torch.cat([ids, torch.tensor(following)[:, None]], dim=1)
+                if chance.random() < 0.1:
+                    ids = ids[[chance.randrange(3) for _ in range(3)]]
+                if chance.random() < 0.05:
+                    ids = earlier[-2:][0]
+        assert forced > 10
 
 
 @pytest.mark.parametrize("bound", [-1, 2.5])

@@ -69,7 +69,9 @@ def supervised_segments(
         prompt = processor.apply_chat_template(
             list(messages[:index]), tokenize=False, add_generation_prompt=True, **options
         )
-        until = processor.apply_chat_template(list(messages[: index + 1]), tokenize=False, **options)
+        until = whole
+        if index + 1 < len(messages):
+            until = processor.apply_chat_template(list(messages[: index + 1]), tokenize=False, **options)
         if not until.startswith(prompt) or not whole.startswith(until):
             raise ValueError(
                 f"the chat template renders turn {index} otherwise alone than in its conversation: supervising every "

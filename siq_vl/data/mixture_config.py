@@ -64,6 +64,11 @@ class FilterConfig:
         if self.min_image_text_score is not None and not -1 <= self.min_image_text_score <= 1:
             raise ValueError(f"min_image_text_score is {self.min_image_text_score}; a similarity lies between -1 and 1")
 
+    @property
+    def read_pictures(self) -> bool:
+        """Whether pictures have to be read to filter, which takes its time."""
+        return self.drop_duplicate_images or self.drop_duplicate_questions or self.min_image_text_score is not None
+
 
 @dataclass
 class SourceConfig:

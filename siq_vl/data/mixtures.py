@@ -18,6 +18,7 @@ from siq_vl.data.feature_cache.pictures import Pictures, RowTransform, as_column
 from siq_vl.data.figures import rows as figures
 from siq_vl.data.figures.dataset import sample
 from siq_vl.data.filters import Duplicates
+from siq_vl.data.look_through import looked_through
 from siq_vl.data.mixture_config import FIGURES, MixtureConfig, SourceConfig
 from siq_vl.data.preprocessing import DropLog, Preprocessor, Scorer
 from siq_vl.data.scoring import SiglipScorer
@@ -109,6 +110,7 @@ def build_mixture(
     vision_tower: str | None = None,
     scorer: Scorer | None = None,
     readers: int = 1,
+    processes: int = 1,
 ) -> Mixture:
     """Open the sources, look their rows through, and mix them.
 
@@ -127,6 +129,7 @@ def build_mixture(
         vision_tower: checkpoint that scores pictures and texts where `config.score_model` is not set.
         scorer: scores them in place of a checkpoint.
         readers: loader processes of all training processes together, among which streams are dealt out.
+        processes: that look stored rows through.
 
     Raises:
         ValueError: a source is not there, has nothing to train on, or has too many broken rows; a mixture without an
@@ -145,7 +148,7 @@ def build_mixture(
             raise ValueError("min_image_text_score needs a SigLIP checkpoint with both towers: set score_model")
         scorer = SiglipScorer.from_pretrained(checkpoint)
     preprocessor = Preprocessor(drops, processor, max_length, config.max_image_side, scorer, config.blind)
-    mixed = MixedRows(_opened(config, task, places, preprocessor), config, drops)
+    mixed = MixedRows(_opened(config, task, places, preprocessor, processes), config, drops)
     streams = any(source.streaming for source in config.sources)
     mixture = mixed.stream(readers) if streams else mixed.stored(count)
     logger.info("training rows\n%s", mixture.report.table())
@@ -160,7 +163,7 @@ def _bounded(count: int | None, config: SourceConfig) -> int:
 
 
 def _opened(
-    config: MixtureConfig, task: str, places: Sequence[Path], preprocessor: Preprocessor
+    config: MixtureConfig, task: str, places: Sequence[Path], preprocessor: Preprocessor, processes: int
 ) -> "list[MixtureSource]":
     """Open every source, and take note of the files that cannot be read."""
     sources: list[MixtureSource] = []
@@ -174,7 +177,7 @@ def _opened(
         times_named[source.name] += 1
         if times_named[source.name] > 1:
             source.name = f"{source.name} #{times_named[source.name]}"
-        sources.append(CheckedSource(source, config.data_seed_offset, preprocessor))
+        sources.append(CheckedSource(source, config.data_seed_offset, preprocessor, processes))
     for opened in sources:
         opened.note_damage()
     return sources
@@ -279,10 +282,11 @@ class CheckedSource(MixtureSource):
         source: the rows, as they are stored.
         seed: of their order.
         preprocessor: checks them, and opens their pictures.
+        processes: that look them through.
     """
 
-    def __init__(self, source: Source, seed: int, preprocessor: Preprocessor):
-        self.source, self.seed, self.preprocessor = source, seed, preprocessor
+    def __init__(self, source: Source, seed: int, preprocessor: Preprocessor, processes: int = 1):
+        self.source, self.seed, self.preprocessor, self.processes = source, seed, preprocessor, processes
         self.name, self.drops = source.name, preprocessor.drops
         self.most = source.config.max_samples
         self.size = self.streamed_size = None
@@ -305,15 +309,26 @@ class CheckedSource(MixtureSource):
         # Drawn at random, so that a part of a source is like the whole.
         order = list(range(len(self.source)))
         Random(f"{self.seed}/{self.name}").shuffle(order)
-        numbers = tqdm(order, desc=f"looking through {self.name}", disable=None)
-        rows = ((number, self.source[number]) for number in numbers)
-        for number, _ in self.preprocessor.accepted(self.source, rows, duplicates):
-            self.numbers.append(number)
-            if self.kept == wanted:
-                break
+        filters = self.source.config.filters
+        if filters.read_pictures:
+            self.numbers = self._with_pictures(order, wanted, duplicates)
+        else:
+            about = {"seed": self.seed, "name": self.name}
+            self.numbers = looked_through(self.source, self.preprocessor, order, wanted, self.processes, about).numbers
         if not self.numbers:
             why = self.drops.summary(self.name) or "it is empty"
             raise ValueError(f"nothing is left of {self.name}, {len(self.source)} rows: {why}")
+
+    def _with_pictures(self, order: Sequence[int], wanted: int, duplicates: Duplicates) -> list[int]:
+        """Return the rows that pass filters which read pictures, or depend on the rows of other sources."""
+        passed: list[int] = []
+        progress = tqdm(order, desc=f"looking through {self.name}", disable=None)
+        rows = ((number, self.source[number]) for number in progress)
+        for number, _ in self.preprocessor.accepted(self.source, rows, duplicates):
+            passed.append(number)
+            if len(passed) == wanted:
+                break
+        return passed
 
     def row(self, position: int, pictures: Pictures) -> dict:
         """Return the training row at a position, or the next that can be read.

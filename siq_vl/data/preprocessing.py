@@ -1,5 +1,6 @@
 """From stored rows to training rows: check, filter, open pictures; count and name whatever is left out."""
 
+import hashlib
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 from PIL import Image
 
-from siq_vl.data.collation import supervised_segments
+from siq_vl.data.collation import Segment
 from siq_vl.data.conversations import Conversation, Dropped, check
 from siq_vl.data.feature_cache.pictures import Pictures
 from siq_vl.data.fields import Unreadable, kind
@@ -22,6 +23,7 @@ from siq_vl.data.images import decode_image, find_under, read_encoded
 from siq_vl.data.mixture_config import SourceConfig
 from siq_vl.data.remote import download_image, is_remote
 from siq_vl.data.scoring import BATCH_SIZE, scored_text
+from siq_vl.data.shapes import Shapes
 from siq_vl.data.sources import Source
 from siq_vl.processing_siq_vl import SiQVLProcessor, to_rgb
 
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Defects are judged against at least so many rows, so that one bad row among the first few does not end a run.
 LEAST_ROWS = 100
+# Why rows are left out for what lies beside them, and may come and go.
+PICTURE_REASONS = ("missing image", "image outside the folder")
 _OPENED = Pictures()  # pictures are opened, where nothing else is asked for
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[float]]
 
@@ -168,6 +172,7 @@ class Preprocessor:
     ):
         self.drops, self.processor, self.max_length = drops, processor, max_length
         self.max_image_side, self.scorer, self.blind = max_image_side, scorer, blind
+        self._shapes = Shapes(processor) if processor is not None else None
 
     def conversation(self, source: ConversationSource, row: Mapping | Unreadable) -> Conversation:
         """Return what checks and filters leave of a row, its pictures not yet opened.
@@ -175,6 +180,12 @@ class Preprocessor:
         Raises:
             Dropped: the row is broken, unwanted or too long.
         """
+        conversation = self._unmeasured(source, row)
+        self._check_length(conversation, None)
+        return conversation
+
+    def _unmeasured(self, source: ConversationSource, row: Mapping | Unreadable) -> Conversation:
+        """Return what `conversation` does, its length not yet looked at."""
         conversation = source.conversation(row)
         check(conversation)
         conversation = filtered(conversation, source.config.filters)
@@ -183,8 +194,84 @@ class Preprocessor:
         # Whether pictures are there is known without opening them; whether they can be decoded is not.
         for image in conversation.images:
             _locate(image, source)
-        self._check_length(conversation, None)
         return conversation
+
+    def judged(self, source: ConversationSource, rows: Sequence[Mapping | Unreadable]) -> list[Dropped | None]:
+        """Return what leaves each row out, as `conversation` does of one; None for those that pass.
+
+        Rows are measured together, and those that are short by any measure not at all.
+        """
+        verdicts: list[Dropped | None] = [None] * len(rows)
+        measured: dict[int, tuple[list[Segment], int]] = {}  # rendered, and how many pictures are in it
+        for index, row in enumerate(rows):
+            try:
+                conversation = self._unmeasured(source, row)
+                if self._shapes is not None:
+                    segments = self._rendered(conversation, self._shapes.segments)
+                    measured[index] = segments, len(conversation.images)
+            except Dropped as dropped:
+                verdicts[index] = dropped
+        if self.max_length is not None and self.processor is not None:
+            begin, image_tokens = len(self.processor.beginning_ids), self.processor.image_seq_length
+            for index, count in self._counted(measured, begin, image_tokens).items():
+                if count > self.max_length:
+                    verdicts[index] = self._too_long(count)
+        return verdicts
+
+    def _counted(
+        self, measured: Mapping[int, tuple[list[Segment], int]], begin: int, image_tokens: int
+    ) -> dict[int, int]:
+        """Return the tokens of rendered rows that may be too long, by index, a picture counted as one tile."""
+        counts: dict[int, int] = {}
+        texts: list[str] = []
+        for index, (segments, n_images) in measured.items():
+            others = begin + n_images * image_tokens
+            # A token holds at least a byte; a tokenizer may put a space before each text.
+            most = others + sum(len(segment.text.encode()) + 1 for segment in segments)
+            if most > self.max_length:
+                counts[index] = others - n_images  # each picture is one token of the text so far
+                texts += [segment.text for segment in segments]
+        if not texts:
+            return counts
+        lengths = map(len, self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        for index in counts:
+            for _ in measured[index][0]:
+                counts[index] += next(lengths)
+        return counts
+
+    def decides(self) -> dict[str, Any]:
+        """Return all of this that decides which rows pass, as JSON has it; the scorer aside."""
+        decides: dict[str, Any] = {
+            "blind": self.blind,
+            "max_length": self.max_length,
+            "max_bad_share": self.drops.max_bad_share,
+        }
+        if self.processor is None:
+            return decides
+        decides["chat_template"] = self.processor.chat_template
+        if self.max_length is not None:
+            tokenizer = json.loads(self.processor.tokenizer.backend_tokenizer.to_str())
+            # What the last call asked for; it says nothing of texts.
+            for name in ("padding", "truncation"):
+                tokenizer.pop(name, None)
+            digest = hashlib.blake2b(json.dumps(tokenizer, sort_keys=True).encode(), digest_size=16)
+            decides["tokenizer"] = digest.hexdigest()
+            decides["image_tokens"] = self.processor.image_seq_length
+        return decides
+
+    def _rendered(self, conversation: Conversation, render: Callable[[Conversation], list[Segment]]) -> list[Segment]:
+        """Return a conversation as the chat template renders it.
+
+        Raises:
+            Dropped: the chat template does not take it.
+        """
+        try:
+            return render(conversation)
+        except (ValueError, TemplateError) as error:
+            raise Dropped("refused by the chat template", str(error), defect=True) from error
+
+    def _too_long(self, count: int) -> Dropped:
+        return Dropped("longer than max_length", f"{count} tokens, max_length={self.max_length}")
 
     def training_row(
         self, source: ConversationSource, conversation: Conversation, pictures: Pictures = _OPENED
@@ -279,15 +366,12 @@ class Preprocessor:
 
         `sizes` (height, width) of its pictures are given where they are known.
         """
-        if self.processor is None:
+        if self.processor is None or self._shapes is None:
             return
         # With the sizes the row is seen for the second time: the chat template has taken it the first time.
         if self.max_length is None and sizes is not None:
             return
-        try:
-            segments = supervised_segments(self.processor, conversation.messages, conversation.template_options)
-        except (ValueError, TemplateError) as error:
-            raise Dropped("refused by the chat template", str(error), defect=True) from error
+        segments = self._rendered(conversation, self._shapes.segments if sizes is None else self._shapes.in_full)
         if self.max_length is None:
             return
         # The collator tokenizes segment by segment, and so does this count.
@@ -301,7 +385,7 @@ class Preprocessor:
         else:
             count += len(conversation.images) * self.processor.image_seq_length
         if count > self.max_length:
-            raise Dropped("longer than max_length", f"{count} tokens, max_length={self.max_length}")
+            raise self._too_long(count)
 
 
 def _locate(image: Any, source: ConversationSource) -> Path | bytes | str | Image.Image:

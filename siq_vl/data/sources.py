@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pyarrow
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -62,6 +63,7 @@ class Source:
         self.json = False  # whether rows are lines of JSON, which may differ in their types
         self.damaged: dict[str, str] = {}  # files that cannot be read, and why
         self.rows = self._open()
+        self._marked: list[pyarrow.Table] | None = None  # the rows, with marks in place of pictures' bytes
         if not isinstance(self.rows, _Joined):
             self.rows = self.rows.with_format("arrow")  # pictures stay encoded
         for name, why in self.damaged.items():
@@ -214,6 +216,10 @@ class Source:
         if isinstance(table, Unreadable):
             return table
         (row,) = plain_rows(table)
+        return self._parsed(row)
+
+    def _parsed(self, row: Mapping) -> Mapping | Unreadable:
+        """Return a stored row, read from its line of JSON where it is one."""
         if not self.json:
             return row
         if row.get("fault"):
@@ -247,6 +253,39 @@ class Source:
     def __getitem__(self, index: int) -> Mapping | Unreadable:
         """Return a row as it is stored, its pictures not decoded."""
         return self._row(self.rows[index])
+
+    def __getstate__(self) -> dict:
+        # Made anew where it is needed: `datasets` hashes what rows are read with, and would read every text.
+        return {**vars(self), "_marked": None}
+
+    def _parts(self) -> Sequence[Any]:
+        """Return the data sets that the rows lie in, one after the other."""
+        if isinstance(self.rows, _Joined):
+            return self.rows.parts
+        return [self.rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the stored rows from others, as `datasets` knows it: by their content, or by their files."""
+        return "/".join(part._fingerprint for part in self._parts())
+
+    def without_pictures(self, numbers: Sequence[int]) -> list[Mapping | Unreadable]:
+        """Return rows as they are stored, but with a mark in place of a picture's bytes, which are not read."""
+        parts = self._parts()
+        if any(part._indices is not None for part in parts):  # their rows lie elsewhere in their table
+            return [self[number] for number in numbers]
+        if self._marked is None:
+            self._marked = [
+                pyarrow.table({name: _marked(part.data.column(name)) for name in part.column_names}) for part in parts
+            ]
+        by_number: dict[int, Mapping | Unreadable] = {}
+        first = 0
+        for table in self._marked:
+            own = [number for number in numbers if first <= number < first + table.num_rows]
+            taken = table.take(pyarrow.array([number - first for number in own], pyarrow.int64()))
+            by_number |= zip(own, map(self._parsed, plain_rows(taken)), strict=True)
+            first += table.num_rows
+        return [by_number[number] for number in numbers]
 
     def stored(self) -> Iterator[Mapping | Unreadable]:
         """Yield every row as it is stored, in its order."""
@@ -319,6 +358,31 @@ class Source:
                 continue
             return name
         return names[0]
+
+
+def _marked(column: Any) -> Any:
+    """Return a column with a mark in place of all bytes in it, which are not read; empty ones and null stay.
+
+    Args:
+        column: of a table, or a part of one: a `ChunkedArray` or an `Array`, of any type.
+    """
+    if isinstance(column, pyarrow.ChunkedArray):
+        chunks = [_marked(chunk) for chunk in column.chunks]
+        return pyarrow.chunked_array(chunks, type=chunks[0].type if chunks else column.type)
+    kind_of = column.type
+    if pyarrow.types.is_binary(kind_of) or pyarrow.types.is_large_binary(kind_of):
+        # Lengths are known from the offsets alone.
+        return pc.if_else(pc.equal(pc.binary_length(column), 0), b"", b"\0")
+    if pyarrow.types.is_struct(kind_of):
+        parts = [_marked(column.field(index)) for index in range(kind_of.num_fields)]
+        fields = [kind_of.field(index).with_type(part.type) for index, part in enumerate(parts)]
+        return pyarrow.StructArray.from_arrays(parts, fields=fields, mask=column.is_null())
+    if pyarrow.types.is_list(kind_of) or pyarrow.types.is_large_list(kind_of):
+        values = _marked(column.values)  # of the whole column: a slice has its own offsets into it
+        outer = pyarrow.list_ if pyarrow.types.is_list(kind_of) else pyarrow.large_list
+        own = column.buffers()[:2]  # which lists are null, and where each begins
+        return pyarrow.Array.from_buffers(outer(values.type), len(column), own, offset=column.offset, children=[values])
+    return column
 
 
 def _candidates(path: str, places: Sequence[Path]) -> list[Path]:

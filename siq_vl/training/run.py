@@ -58,6 +58,7 @@ def mixture_for_stage(recipe: Recipe, task: str, processor: SiQVLProcessor) -> M
         places=recipe.places,
         vision_tower=recipe.model.vision_tower and recipe.find(recipe.model.vision_tower),
         readers=recipe.training.world_size * max(1, recipe.training.dataloader_num_workers),
+        processes=recipe.training.dataset_num_proc or 1,
     )
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from pyarrow.types import is_integer
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
-from siq_vl.data.feature_cache.build import FeaturesTooLarge, cached_rows, share_stored, store_of
+from siq_vl.data.feature_cache.build import FeaturesTooLarge, cached_rows, share_stored, store_of, tile_costs
 from siq_vl.data.feature_cache.store import FeatureLayout
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
@@ -58,8 +58,9 @@ def rows_with_features(
 ) -> Dataset | IterableDataset:
     """Return a run's rows, with stored features in place of pictures where the recipe asks for it or where it pays.
 
-    With `feature_cache: auto` it pays where each row is read more than once, or where another run has stored the
-    features of most pictures; and only where they fit `feature_cache_gb`.
+    With `feature_cache: auto` it pays where each row is read more than once and reading features takes less than
+    computing them, as measured here, or where another run has stored the features of most pictures; and only where they
+    fit `feature_cache_gb`.
 
     Raises:
         ValueError: `feature_cache` is on, and cannot be.
@@ -104,15 +105,23 @@ def _does_not_pay(
 ) -> str | None:
     distinct = count_distinct(rows)
     read = times_read(recipe, len(rows), distinct)
+    dear = ""
     if read > 1:
-        logger.info("vision features are stored: each of %d rows is read %.3g times", distinct, read)
-        return None
+        settings, training = recipe.features, recipe.training
+        measured = tile_costs(model, processor, settings.feature_cache_dtype, _autocasts(recipe), training.device)
+        costs = gather_object([measured])[0]  # all processes do the same
+        said = f"a tile's features take {1e3 * costs.tower:.3g} ms to compute and {1e3 * costs.read:.3g} ms to read"
+        if costs.pay(read):
+            logger.info("vision features are stored: each of %d rows is read %.3g times; %s", distinct, read, said)
+            return None
+        dear = f"{said}, which does not pay for {read:.3g} times"
     store = store_of(model, processor, recipe.features, _autocasts(recipe), create=False)
     share = gather_object([share_stored(rows, store) if store is not None else 0.0])[0]  # all processes do the same
     if share >= _SHARED:
         logger.info("vision features are read: %.0f%% of the pictures are stored from another run", 100 * share)
         return None
-    return f"no row is read more than once, and {100 * share:.0f}% of the pictures are stored from other runs"
+    why = dear or "no row is read more than once"
+    return f"{why}, and {100 * share:.0f}% of the pictures are stored from other runs"
 
 
 def feature_plan(recipe: Recipe, config: SiQVLConfig, rows: int | None, available: int | None) -> str:

@@ -9,6 +9,8 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _SCAN_ROWS, _TILES_AT_ONCE, _SAMPLED_ROWS = 64, 16, 64
+_TIMES_MEASURED = 3
 _FREE_BYTES = 2**30  # left on the disk
 _TOWER_FIELDS = (
     ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
@@ -126,6 +129,65 @@ def store_of(
     if not create and not folder.is_dir():
         return None
     return FeatureStore(folder, layout, about)
+
+
+@dataclass(frozen=True)
+class TileCosts:
+    """Seconds that a tile's features cost, as measured here.
+
+    Args:
+        tower: to compute them.
+        read: to read them from a store, and put them where the model is.
+    """
+
+    tower: float
+    read: float
+
+    def pay(self, times: float) -> bool:
+        """Whether computing features once and reading them so many times is less than computing them each time."""
+        return self.tower + times * self.read < times * self.tower
+
+
+def tile_costs(
+    model: SiQVLForConditionalGeneration,
+    processor: SiQVLProcessor,
+    dtype: str,
+    bf16: bool,
+    device: torch.device | str = "cpu",
+) -> TileCosts:
+    """Measure what the features of a tile cost, the best of a few times.
+
+    A store that is larger than the machine's memory is read from its disk, which takes longer than this says.
+
+    Args:
+        model: has the tower.
+        processor: knows the size of tiles.
+        dtype: in which features would be stored.
+        bf16: the tower computes in bfloat16 under autocast.
+        device: where the tower computes.
+    """
+    vision = model.config.vision_config
+    height, width = processor._tile_size({})
+    layout = FeatureLayout(height // vision.patch_size, width // vision.patch_size, vision.hidden_size, dtype)
+    n_tiles = _TILES_AT_ONCE
+    if torch.device(device).type == "cpu":
+        n_tiles = 1  # a large tower takes seconds
+    tiles = torch.zeros(n_tiles, 3, height, width)
+    computed, read = [], []
+    with _tower_at_work(model, device), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for time_measured in range(_TIMES_MEASURED):
+            began = time.perf_counter()
+            features = _features(model, tiles, bf16).cpu()  # waits for the device
+            computed.append(time.perf_counter() - began)
+            if time_measured == 0:
+                with FeatureWriter(Path(folder), layout) as writer:
+                    writer.add(bytes(16), (height, width), layout.pack(features))
+                store = FeatureStore(Path(folder), layout, {})
+                entries = [store.find(bytes(16))]
+            began = time.perf_counter()
+            store.read(entries).to(device).cpu()
+            read.append(time.perf_counter() - began)
+    return TileCosts(min(computed) / n_tiles, min(read) / n_tiles)
 
 
 def share_stored(rows: Dataset, store: FeatureStore) -> float:
