@@ -162,3 +162,10 @@ root:
 	cp outputs/tiny/stage3/*.json outputs/tiny/stage3/model.safetensors .
 	cp outputs/tiny/stage3/training_log.jsonl .
 	cp outputs/tiny/results.json docs/results/demo.json
+
+# The real path, every command of it, against a Hub of miniatures on this machine, from empty caches; on both majors. The
+# quick form is one size and one teacher; it is among the tests, too. FOLDER=... goes on with an earlier walk.
+.PHONY: rehearsal rehearsal-quick
+rehearsal rehearsal-quick: $(VENV)/.ready $(VENV5)/.ready
+	$(VENV)/bin/python -m rehearsal.walk $(if $(filter %-quick,$@),--quick) $(if $(FOLDER),--folder $(FOLDER)/4)
+	$(VENV5)/bin/python -m rehearsal.walk $(if $(filter %-quick,$@),--quick) $(if $(FOLDER),--folder $(FOLDER)/5)

@@ -25,7 +25,7 @@ from siq_vl.data.conversations import check
 from siq_vl.data.filters import filtered
 from siq_vl.data.mixture_config import MixtureConfig, SourceConfig
 from siq_vl.data.mixtures import build_mixture
-from siq_vl.data.preprocessing import _locate
+from siq_vl.data.preprocessing import locate
 from siq_vl.data.sources import Source
 
 MAX_LENGTH = 1024
@@ -63,7 +63,7 @@ def as_before(path: Path, processor, options: argparse.Namespace) -> common.Figu
         conversation = filtered(source.conversation(source[number]), source.config.filters)
         check(conversation)
         for image in conversation.images:
-            _locate(image, source)
+            locate(image, source)
         messages = list(conversation.messages)
         texts = [processor.apply_chat_template(messages, tokenize=False)]
         for turn in range(1, len(messages), 2):

@@ -1,5 +1,10 @@
-"""Model cards of stage checkpoints, and pushing them to the Hub."""
+"""
+Model cards of stage checkpoints, and pushing them to the Hub.
 
+    python -m siq_vl.hub outputs/tiny/stage3 --repo_id me/siq-vl-tiny     # a finished checkpoint, with what was measured of it
+"""
+
+import argparse
 import json
 import logging
 import time
@@ -8,6 +13,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
+
+from siq_vl import cli
+from siq_vl.terms import data_sets_of, is_hub_id, licence_for, made_from, terms_table
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +71,10 @@ processor = AutoProcessor.from_pretrained({load}, trust_remote_code=True)
 
 All settings are in `training_settings.json`, the loss log in `training_log.jsonl`.{adapter_note}
 {sections}"""
+
+_TERMS = """\
+The licence above, `{licence}`, is the narrowest of those that this checkpoint was made from, by a table that was put together
+from their public pages. It is no legal advice: read the terms themselves."""
 
 _RANDOM_WARNING = """
 > **Random weights.** This model was built from the sizes of its backbones, not from their weights, to measure speed and
@@ -167,12 +179,15 @@ def _sections(
         sections.append("\n".join(["## Scores\n", "| benchmark | metric | value |", "|---|---|---|", *lines, ""]))
     if table := settings.get("data_table"):
         sections.append(f"## Data\n\n{table}\n")
+    if table := terms_table(made_from(settings)):
+        sections.append(f"## Terms\n\n{_TERMS.format(licence=licence_for(made_from(settings)))}\n\n{table}\n")
     return "".join(f"\n{section}" for section in sections)
 
 
 def _metadata(settings: dict, scores: Mapping[str, Mapping[str, float]], repo_id: str | None) -> ModelCardData:
     sources = settings["data"].get("sources") or []
     paths = [source["path"] for source in sources if isinstance(source, Mapping) and source.get("path")]
+    licence = licence_for(made_from(settings))
     results = [
         EvalResult(
             task_type="image-text-to-text",
@@ -187,19 +202,14 @@ def _metadata(settings: dict, scores: Mapping[str, Mapping[str, float]], repo_id
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        license="apache-2.0",
-        base_model=sorted({name for name in (settings.get("backbones") or {}).values() if _is_hub_id(name)}) or None,
-        datasets=sorted({path for path in paths if _is_hub_id(path)}) or None,
+        license=licence,
+        license_name="terms-of-its-sources" if licence == "other" else None,
+        base_model=sorted({name for name in (settings.get("backbones") or {}).values() if is_hub_id(name)}) or None,
+        datasets=sorted({*filter(is_hub_id, paths), *data_sets_of(made_from(settings))}) or None,
         tags=["siq-vl", "vision-language", f"stage-{settings['stage']}"],
         model_name=repo_id or f"SiQ-VL {settings['recipe']} stage {settings['stage']}" if results else None,
         eval_results=results or None,
     )
-
-
-def _is_hub_id(name: str | None) -> bool:
-    if not name or name.count("/") != 1 or name.startswith((".", "/")):
-        return False
-    return not any((base / name).exists() for base in (Path(), Path(__file__).resolve().parents[1]))
 
 
 def write_card(
@@ -310,3 +320,18 @@ def _with_retries(request, arguments: dict, token: str | None, attempts: int, wa
 
 def _without_token(text: str, token: str | None) -> str:
     return text.replace(token, "<token>") if token else text
+
+
+def main() -> None:
+    """Push a checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what a stage left")
+    parser.add_argument("--repo_id", help="by default the recipe's name, under the token's own account")
+    parser.add_argument("--revision", help="a branch; stage-<n> by default")
+    parser.add_argument("--private", action="store_true", default=None, help="where the repository is a new one")
+    options = parser.parse_args()
+    cli.say(push_stage(options.folder, repo_id=options.repo_id, revision=options.revision, private=options.private))
+
+
+if __name__ == "__main__":
+    cli.run(main)

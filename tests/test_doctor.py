@@ -87,7 +87,8 @@ def test_offline_is_said():
 
 def test_what_cannot_be_had(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    recipe = doctor.parse("2", "siq-vl-0.5b", [])
+    sources = ["data/llava_instruct_150k.json", "derek-thomas/ScienceQA", "lmms-lab/textvqa"]
+    recipe = doctor.parse("2", "siq-vl-0.5b", ["--sources", *sources])
     offline = list(doctor.check_inputs(recipe, online=False))
     missing = {finding.text.split()[0] for finding in offline if finding.level == PROBLEM}
     assert missing == {

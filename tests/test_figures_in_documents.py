@@ -38,6 +38,11 @@ TABLES = {
     "question": ("backbones", "gates"),
     "engine": ("engines", "engines"),
     "export": ("exports", "exports"),
+    "id": ("real_run", "ids"),
+    "recipe": ("real_run", "stages"),
+    "asked": ("real_run", "traces"),
+    "step, transformers 4": ("rehearsal-4", "walk"),
+    "step, transformers 5": ("rehearsal-5", "walk"),
 }
 
 # Sentences with figures, filled in by `str.format` from `measured()`: {file[table][row][column]} or {file[figure]}.

@@ -122,6 +122,14 @@ HOW = {
     "python export_onnx.py outputs/tiny/stage3 outputs/onnx": Elsewhere("tests/test_onnx.py"),
     "python export_gguf.py outputs/tiny/stage3 outputs/gguf": Elsewhere("tests/test_gguf.py"),
     "python export_web.py outputs/tiny/stage3 outputs/page --kind int8": Elsewhere("tests/test_web.py"),
+    "make rehearsal": Target("-m rehearsal.walk"),
+    "make rehearsal-quick": Target("-m rehearsal.walk --quick"),
+    # What is not of this project is looked up by the shell, and not run.
+    "hf download --repo-type dataset liuhaotian/LLaVA-Instruct-150K llava_instruct_150k.json --local-dir data": Shell(
+        {"hf download": "true hf download"}
+    ),
+    "curl -O http://images.cocodataset.org/zips/train2017.zip": Shell({"curl": "true curl"}),
+    "unzip -q train2017.zip -d data/coco": Shell({"unzip": "true unzip"}),
     "make mutants": Target("tests/mutate.py"),
     "make check": Target("mypy"),
     "make coverage": Target("--cov"),
@@ -155,7 +163,7 @@ HOW = {
         PLAN, says="random weights"
     ),
     "python train_distill.py --recipe siq-vl-0.5b --variant internvl_chartqa --dry_run": Run(says="12,469,120"),
-    "python train_distill.py --recipe siq-vl-0.5b --variant qwen3vl_cocoqa --dry_run": Run(says="12,469,120"),
+    "python train_distill.py --recipe siq-vl-0.5b --variant qwen3vl_cocoqa --dry_run": Run(says="5,833,600"),
     "python train_distill.py --recipe siq-vl-0.5b --variant hunyuanocr --dry_run": Run(says="12,469,120"),
     "python train_distill.py --recipe siq-vl-0.5b --dry_run": Run(says="Plan of stage 3"),
     "python generate_traces.py --teacher figures --count 14720 --duplicates none --output outputs/tiny/traces": Run(
@@ -178,11 +186,20 @@ HOW = {
     ),
     "python -m siq_vl.planning.sizes --language_model Qwen/Qwen2.5-1.5B-Instruct --lora_r 16": Run(says="Qwen2.5-1.5B"),
     "python generate_traces.py --teacher figures --count 300": Run("--count 12", says="new traces", makes=True),
-    "python generate_traces.py --teacher transformers --model Qwen/Qwen3-VL-2B-Thinking --questions mine.jsonl": Run(
-        swap={"Qwen/Qwen3-VL-2B-Thinking": "."}, add="--trust_remote_code --max_new_tokens 64 --output outputs/local"
+    "python generate_traces.py --teacher transformers --model Qwen/Qwen3-VL-2B-Instruct --questions mine.jsonl": Run(
+        swap={"Qwen/Qwen3-VL-2B-Instruct": "."}, add="--trust_remote_code --max_new_tokens 64 --output outputs/local"
+    ),
+    "python generate_traces.py --teacher transformers --model OpenGVLab/InternVL3_5-2B-HF "
+    "--source HuggingFaceM4/ChartQA --count 5000": Run(
+        "--trust_remote_code --max_new_tokens 64 --output outputs/charts",
+        swap={"OpenGVLab/InternVL3_5-2B-HF": ".", "HuggingFaceM4/ChartQA": "data/ChartQA"},
+        says="1 new traces",
+    ),
+    "python generate_traces.py --teacher transformers --model Qwen/Qwen3-VL-2B-Instruct --describe caption ocr": Run(
+        "--trust_remote_code --max_new_tokens 8", swap={"Qwen/Qwen3-VL-2B-Instruct": "."}, says="2 new traces"
     ),
     "python generate_traces.py --teacher openai --model NAME --base_url http://a:8000/v1 http://b:8000/v1 "
-    "--questions mine.jsonl": Run(says="2 new traces"),
+    "--questions mine.jsonl": Run(says="2 new traces", makes=True),
     'python evaluate_vqa.py --model "stage 1=outputs/tiny/stage1" --model "stage 3=outputs/tiny/stage3" '
     "--report page.html": Run("--count 5 --max_new_tokens 8"),
     "python evaluate_vqa.py --model stage3=outputs/siq-vl-0.5b/stage3 --source path/to/ChartQA --split test": Run(
@@ -286,14 +303,17 @@ class Copy:
         )
         shutil.copytree(REPO_ROOT, folder, ignore=ignored)
         picture = shutil.copy(folder / "docs" / "example.png", folder / "mine.png")
-        asked = [{"question": f"What is {n} + 2?", "image": Path(picture).name, "answer": str(n + 2)} for n in (3, 4)]
+        asked = [
+            {"question": f"How much is {n} + 2?", "image": Path(picture).name, "answer": str(n + 2)} for n in (3, 4)
+        ]
         (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
         write_miniature(folder, "instances_val2014.json", "captions_val2014.json", "val2014")
         charts = folder / "data" / "ChartQA"
         charts.mkdir(parents=True)
         shutil.copy(picture, charts)
         rows = [{"query": "How much is Mar?", "label": ["2"], "image": "mine.png"}]
-        (charts / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for split in ("train", "test"):
+            (charts / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         album = [{"photo": "../mine.png", "asked": "What is shown?", "said": "A chart."}]
         (folder / "data" / "album.jsonl").write_text("".join(json.dumps(row) + "\n" for row in album))
 

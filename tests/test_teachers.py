@@ -27,7 +27,8 @@ from siq_vl.distill.questions import TraceQuestion, figure_questions
 from siq_vl.distill.selection import Selection, record_rules, update_verdicts
 from siq_vl.distill.store_page import write_page
 from siq_vl.distill.teachers.base import TeacherLost, TeacherRequest
-from siq_vl.distill.teachers.local import TransformersTeacher, defaults_for
+from siq_vl.distill.teachers.local import TransformersTeacher
+from siq_vl.distill.teachers.models import defaults_for
 from siq_vl.distill.teachers.server import ServerSettings, ServerTeacher, _read_completion
 from siq_vl.distill.traces import TraceStore, read_traces
 from siq_vl.distill.verification import Verification

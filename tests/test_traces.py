@@ -239,7 +239,7 @@ def test_other_rules_judge_old_traces_again_without_a_teacher(tmp_path):
     assert rows_of(tmp_path)[0]["rejected_by"] == ["answer"]
     ask(tmp_path, teacher, [question], rules=Verification(language="", match="relaxed"))
     assert rows_of(tmp_path)[0]["verdict"] == "kept"
-    ask(tmp_path, teacher, [question], rules=Verification(language="", min_length=9))
+    ask(tmp_path, teacher, [question], rules=Verification(language="", min_words=9))
     assert rows_of(tmp_path)[0]["rejected_by"] == ["answer", "length"]
     assert len(teacher.asked) == 1
 

@@ -1,8 +1,11 @@
 """Reading what teachers say, and the rules that accept or reject it."""
 
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from siq_vl.distill.budget import BudgetLimits
@@ -176,6 +179,7 @@ BAD = {
     "length": trace_of(f"<think>{' '.join(map(str, range(3000)))}</think><answer>7</answer>"),
     "language": trace_of("<think>首先观察图片中的内容，然后读取每一个数值。3 + 4 = 7</think><answer>7</answer>"),
     "hint": trace_of("<think>The correct answer was given as 7.</think><answer>7</answer>", hinted=True),
+    "markup": trace_of("<think>7 <think>or 8</think><answer>7</answer>"),
 }
 
 
@@ -204,6 +208,53 @@ def test_rules_do_not_overreach():
     assert rules.judge(trace_of("", error="no answer in 2 s")) == ["teacher_error"]
     unlabelled = trace_of(GOOD, gold="")
     assert rules.judge(unlabelled) == []
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "<think>It is 7.<|im_end|>\n<|im_start|>user\nThanks</think><answer>7</answer>",
+        "<think>It is 7.</think><answer>7<|endoftext|></answer>",
+        "<think>It is <answer>7</answer>, or so.</think><answer>7</answer>",
+        "<think>It is 7.</think><answer>7</answer><think>No, 8.</think><answer>8</answer>",
+        "<think>It is 7.</think><answer>7</answer> Or rather <answer>8</answer>",
+        "<think>It is <think>7</think>.</think><answer>7</answer>",
+        "It is 7.</think>So it is.</think>",
+        "<think>The tag </answer> is shown.</think><answer>7</answer>",
+    ],
+)
+def test_tags_and_special_tokens_are_not_taught(output):
+    assert "markup" in Verification().judge(trace_of(output))
+    assert "markup" not in Verification(skip_rules=["markup"]).judge(trace_of(output))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        GOOD,
+        f"Sure! {GOOD} I hope that this helps.",
+        "The chart shows 3 for tea and 4 for ham.\n3 + 4 = 7.\n</think>\n\n\\boxed{7}",
+        "The sign says a < b | c > d, and |x| is 7.\n\nThe answer is 7.",
+        "<think>The list has <b>7</b> lines, as in <|> or <| a |>.</think><answer>7</answer>",
+    ],
+)
+def test_what_only_looks_like_mark_up_is_taught(output):
+    assert Verification().judge(trace_of(output)) == []
+
+
+def test_a_store_is_judged_again_when_there_are_new_rules(tmp_path):
+    """A store of an earlier version, whose settings name no rules."""
+    traces_of_oracle(tmp_path, 1)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    del settings["verification"]["rules"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with TraceStore(tmp_path) as store:
+        (shard,) = store.shards()
+        table = pq.read_table(shard)
+        outputs = [f"{text}<answer>8</answer>" for text in table["output"].to_pylist()]
+        store.rewrite(shard, table.set_column(table.schema.get_field_index("output"), "output", pa.array(outputs)))
+        assert update_verdicts(store, Verification(), Selection()) == (3, 0)
+    assert set(read_traces(tmp_path, kept=False)["rejected_by"][0]) == {"markup"}
 
 
 @pytest.mark.parametrize("old", [["--max_length", "7"], ["--max_length=7"], ["--min_length", "7"]])

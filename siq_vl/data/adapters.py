@@ -209,9 +209,18 @@ def recognise(columns: Sequence[str]) -> str:
         if marks <= set(columns):
             return name
     raise ValueError(
-        f"the columns {', '.join(columns)} fit no known format: set `format` of the source to one of "
+        f"the columns {', '.join(columns)} fit no known format: {_nearest(columns)}set `format` of the source to one of "
         f"{', '.join(FORMATS)}, or convert the rows to `images` and `messages`"
     )
+
+
+def _nearest(columns: Sequence[str]) -> str:
+    """Say which format the columns come nearest to, and what they lack of it; nothing where they share no column."""
+    name, marks = max(_MARKS, key=lambda entry: len(entry[1] & set(columns)) / len(entry[1]))
+    if not marks & set(columns):
+        return ""
+    lacking = ", ".join(sorted(marks - set(columns)))
+    return f"{name} comes nearest, which has {' and '.join(sorted(marks))}, and {lacking} is not there; "
 
 
 def commonest(answers: Sequence[Any]) -> str:

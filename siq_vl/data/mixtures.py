@@ -28,6 +28,7 @@ from siq_vl.processing_siq_vl import SiQVLProcessor
 logger = logging.getLogger(__name__)
 
 _NO_END = "drawn figures have no end: set max_steps, train_samples, or max_samples of this source"
+MANY_PASSES = 4  # a row that is read more often is worth a word
 _NO_BOUND = 2**40  # drawn figures before a stream begins anew: more than any run takes
 
 
@@ -58,6 +59,14 @@ class MixtureReport:
 
     sources: list[SourceCount]
     drops: DropLog
+
+    def passes(self) -> dict[str, float]:
+        """Return how often each row of a source is read, by its name, where that is known and above 0."""
+        found = {}
+        for count in self.sources:
+            if count.used and count.kept:
+                found[count.name] = count.used / count.kept
+        return found
 
     def to_dict(self) -> dict:
         """Return the counts, with what was left out so far, before and while training, for JSON."""
@@ -152,7 +161,17 @@ def build_mixture(
     streams = any(source.streaming for source in config.sources)
     mixture = mixed.stream(readers) if streams else mixed.stored(count)
     logger.info("training rows\n%s", mixture.report.table())
+    for name, times in mixture.report.passes().items():
+        if times > MANY_PASSES:
+            logger.warning("%s", repeated(name, times))
     return mixture
+
+
+def repeated(name: str, times: float) -> str:
+    """Say of a source that its rows are read often, and what to do."""
+    return (
+        f"each row of {name} is read {times:.1f} times: add sources, or lower max_steps, unless that is what you want"
+    )
 
 
 def _bounded(count: int | None, config: SourceConfig) -> int:
@@ -190,11 +209,13 @@ class MixtureSource(ABC):
         name: of its rows' counts and losses.
         size: rows that it may give before training; None where it has no end.
         streamed_size: the same for a mixture that is streamed; None where nobody knows.
+        declared: different rows that it has, as far as its card says; None where it says nothing, or there is no end.
     """
 
     name: str
     size: int | None
     streamed_size: int | None
+    declared: int | None
 
     @property
     @abstractmethod
@@ -238,6 +259,7 @@ class DrawnFigures(MixtureSource):
 
     name = FIGURES
     streamed_size = None
+    declared = None
 
     def __init__(self, config: SourceConfig, task: str, seed: int, blind: bool):
         self.size = config.max_samples
@@ -290,6 +312,7 @@ class CheckedSource(MixtureSource):
         self.name, self.drops = source.name, preprocessor.drops
         self.most = source.config.max_samples
         self.size = self.streamed_size = None
+        self.declared = None if source.declared is None else _least(source.declared, self.most)
         if not source.streaming:
             self.size = self.streamed_size = _least(len(source), self.most)
         self.numbers: list[int] = []  # of the rows that passed
@@ -447,7 +470,7 @@ class MixedRows(RowTransform):
         )
         counts = []
         for source, share in zip(self.sources, shares, strict=True):
-            counts.append(SourceCount(source.name, share))
+            counts.append(SourceCount(source.name, share, available=source.declared))
         return Mixture(rows, MixtureReport(counts, self.drops))
 
     def read(self, batch: Mapping[str, list], pictures: Pictures) -> dict[str, list]:

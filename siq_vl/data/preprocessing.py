@@ -193,7 +193,7 @@ class Preprocessor:
             conversation = conversation.without_images()
         # Whether pictures are there is known without opening them; whether they can be decoded is not.
         for image in conversation.images:
-            _locate(image, source)
+            locate(image, source)
         return conversation
 
     def judged(self, source: ConversationSource, rows: Sequence[Mapping | Unreadable]) -> list[Dropped | None]:
@@ -296,7 +296,7 @@ class Preprocessor:
         Raises:
             Dropped: it is missing, damaged, too large to be safe, out of bounds, or remote without leave.
         """
-        found = _locate(image, source)
+        found = locate(image, source)
         name = f"a picture of {source.name}"
         if isinstance(found, Path):
             name = found.name
@@ -388,7 +388,7 @@ class Preprocessor:
             raise self._too_long(count)
 
 
-def _locate(image: Any, source: ConversationSource) -> Path | bytes | str | Image.Image:
+def locate(image: Any, source: ConversationSource) -> Path | bytes | str | Image.Image:
     """Return where a picture is to be read from: a file, its bytes, an address, or itself.
 
     Raises:
@@ -428,7 +428,7 @@ def _content(image: Any, source: Source) -> bytes:
     Raises:
         Dropped: it is not there, or cannot be read.
     """
-    found = _locate(image, source)
+    found = locate(image, source)
     try:
         if isinstance(found, Path):
             return read_encoded(found)

@@ -21,6 +21,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from siq_vl.data.adapters import FORMATS, captions, recognise
 from siq_vl.data.conversations import Conversation, well_formed
 from siq_vl.data.fields import Unreadable, bad_row, kind, parse_row, plain_rows
+from siq_vl.data.hub_errors import HUB_FAILURES, unreadable_data_set
 from siq_vl.data.images import find_under
 from siq_vl.data.mixture_config import SourceConfig
 
@@ -92,13 +93,16 @@ class Source:
     def _open(self) -> "Dataset | IterableDataset | _Joined":
         config, path = self.config, self.path
         if path is None:
-            return load_dataset(
-                config.path,
-                name=config.subset,
-                data_files=config.data_files,
-                split=config.split,
-                streaming=config.streaming,
-            )
+            try:
+                return load_dataset(
+                    config.path,
+                    name=config.subset,
+                    data_files=config.data_files,
+                    split=config.split,
+                    streaming=config.streaming,
+                )
+            except HUB_FAILURES as error:
+                raise unreadable_data_set(config.path, config.subset, config.split, error) from error
         if path.is_dir() and config.subset is not None:
             path = path / config.subset
         if path.is_dir():
@@ -234,6 +238,15 @@ class Source:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def declared(self) -> int | None:
+        """Rows of the split: counted or, of a stream, as the data set's card says; None where it says nothing."""
+        if not self.streaming:
+            return len(self)
+        info = getattr(self.rows, "info", None)
+        splits = (info.splits or {}) if info is not None else {}
+        return splits[self.split].num_examples if self.split in splits else None
+
     def conversation(self, row: Mapping | Unreadable) -> Conversation:
         """Return a row as a conversation, every part of which has the type that it must have.
 
@@ -339,8 +352,11 @@ class Source:
         while True:
             try:
                 table = next(tables, None)
-            except (OSError, pyarrow.ArrowException) as error:
+            except HUB_FAILURES as error:
+                config = self.config
                 if self.path is None:  # a network that fails is no fault of a row
+                    raise unreadable_data_set(config.path, config.subset, config.split, error) from error
+                if not isinstance(error, (OSError, pyarrow.ArrowException)):
                     raise
                 yield Unreadable(f"the end of a damaged file ({error})")
                 return

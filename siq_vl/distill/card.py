@@ -5,6 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from siq_vl.distill.descriptions import DESCRIPTIONS
+from siq_vl.distill.traces import evaluated, origins
 from siq_vl.distill.yields import sealed_traces, store_yield, tables
 from siq_vl.files import write_text
 
@@ -40,6 +42,10 @@ settings; the raw output, taken apart into `rationale` and `answer`; and the ver
 shown the gold answer. `agreement` is the share of the question's other answers that are the same.
 {tables}
 
+## Questions
+
+{questions}
+
 ## Teachers
 
 {settings}
@@ -50,6 +56,7 @@ shown the gold answer. `agreement` is the share of the question's other answers 
 {rules}
 ```
 """
+_OF_DESCRIPTIONS = (f"{DESCRIPTIONS}/data/traces-*.parquet", f"{DESCRIPTIONS}/*.json")  # the journal stays here
 _ASKED_HOW = ("teacher", "revision", "prompt", "sampling", "hinted")
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M"}  # the first bound above counts
 _LARGEST = "n>1M"
@@ -65,7 +72,12 @@ def write_card(folder: Path) -> Path:
     shown_tables = ""
     for title, table in tables(found).items():
         shown_tables += f"\n## {title}\n\n{table}\n"
+    # What teachers have said of the pictures, for students that see none, lies in a store inside this one.
+    if list((folder / DESCRIPTIONS / "data").glob("traces-*.parquet")):
+        for title, table in tables(store_yield(folder / DESCRIPTIONS)).items():
+            shown_tables += f"\n## Descriptions of the pictures, in `{DESCRIPTIONS}`: {title}\n\n{table}\n"
     rules = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    rules.pop("questions", None)
     text = _CARD.format(
         size=_size_category(found.made),
         made=found.made,
@@ -73,6 +85,7 @@ def write_card(folder: Path) -> Path:
         teachers=", ".join(f"`{name}`" for name in sorted(found.teachers)),
         note=note,
         tables=shown_tables,
+        questions="\n".join(questions_lines(folder)),
         settings="\n".join(_settings(folder)),
         rules=json.dumps(rules, indent=2),
     )
@@ -87,6 +100,22 @@ def _size_category(rows: int) -> str:
         if rows < bound:
             return category
     return _LARGEST
+
+
+def questions_lines(folder: Path) -> list[str]:
+    """Return a line for each source of questions, and one for what must not be evaluated."""
+    lines = []
+    for origin in origins(folder):
+        parts = [f"`{origin['source']}`"]
+        for name in ("subset", "data_files", "split"):
+            if name in origin:
+                parts.append(f"{name} `{origin[name]}`")
+        lines.append(f"- {', '.join(parts)}")
+    if not lines:
+        lines.append("The store does not say where its questions are from.")
+    if found := evaluated(folder):
+        lines.append(f"- **Do not evaluate what is trained on these traces on {', '.join(found)}.**")
+    return lines
 
 
 def _settings(folder: Path) -> list[str]:
@@ -116,7 +145,7 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool = True) -> str:
         repo_id=repo_id,
         repo_type="dataset",
         folder_path=str(folder),
-        allow_patterns=["data/traces-*.parquet", "README.md", "report.html", "settings.json"],
+        allow_patterns=["data/traces-*.parquet", "README.md", "report.html", "settings.json", *_OF_DESCRIPTIONS],
         commit_message="Reasoning traces",
     )
     return str(found)

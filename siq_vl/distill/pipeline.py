@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from siq_vl.distill.budget import Budget
 from siq_vl.distill.prompts import Prompts
 from siq_vl.distill.questions import EncodedPicture, TraceQuestion
-from siq_vl.distill.schema import TeacherTrace
+from siq_vl.distill.schema import TeacherTrace, reply_bound, without_bound
 from siq_vl.distill.teachers.base import Teacher, TeacherReply, TeacherRequest
 from siq_vl.distill.traces import TraceStore, storable, trace_id
 from siq_vl.distill.verification import RuleInput, Verification
@@ -104,6 +104,7 @@ class Run:
             ValueError: two questions have the same id.
         """
         known = self._store.trace_ids()
+        shorter, cut = self._with_smaller_bounds()
         seen: set[int] = set()
         for question in questions:
             # Whatever is in here makes another trace when it changes. Stores of earlier runs hang on these words.
@@ -121,10 +122,37 @@ class Run:
                     raise ValueError(f"two questions have the id {question.id!r}: ids must be unique in a source")
                 seen.add(number)
                 if number in known:
-                    self.progress.skipped += 1
-                    self._bar.update()
+                    self._skip()
+                    continue
+                # A reply that ended within a smaller bound is what a greater one would have given.
+                earlier = [trace_id(question.id, {**asked_how, "sampling": each}, repeat) for each in shorter]
+                finished = {int(each, 16) for each in earlier} & known - cut
+                if finished:
+                    self._skip()
                 else:
                     yield MissingTrace(id, question, repeat)
+
+    def _skip(self) -> None:
+        self.progress.skipped += 1
+        self._bar.update()
+
+    def _with_smaller_bounds(self) -> tuple[list[str], set[int]]:
+        """Return the settings that differ from this run's in a smaller bound alone, and the ids of traces that were cut."""
+        settings: set[str] = set()
+        cut: set[int] = set()
+        for table in self._store.columns("trace_id", "teacher", "sampling", "finish_reason"):
+            for row in table.to_pylist():
+                if row["teacher"] != self._teacher.name:
+                    continue
+                settings.add(row["sampling"])
+                if row["finish_reason"] == "length":
+                    cut.add(int(row["trace_id"], 16))
+        same = without_bound(self._sampling)
+        shorter = []
+        for sampling in sorted(settings):
+            if without_bound(sampling) == same and reply_bound(sampling) < reply_bound(self._sampling):
+                shorter.append(sampling)
+        return shorter, cut
 
     def over(self, questions: Iterable[TraceQuestion], total: int | None = None) -> Progress:
         """Ask everything that is missing; every finished answer is in the store when this returns or raises.

@@ -36,16 +36,18 @@ class Prompts:
         hint: whether the gold answer is shown to the teacher. It never is otherwise.
         target_words: length of reasoning to ask for; 0 asks for none.
         folder: where the templates lie.
+        tasks: what is asked for; every one of them needs a template.
     """
 
     family: str = "default"
     hint: bool = False
     target_words: int = 0
     folder: Path = TEMPLATES
+    tasks: tuple[str, ...] = PROMPT_TASKS
 
     def __post_init__(self) -> None:
         known = families(self.folder)
-        for task in PROMPT_TASKS:
+        for task in self.tasks:
             if self.family not in known or not (self.folder / self._file(task)).is_file():
                 raise ValueError(
                     f"prompt family {self.family!r} has no {task}.jinja; the families are {', '.join(known)}"
@@ -67,7 +69,7 @@ class Prompts:
             keep_trailing_newline=False,
         )
         templates = {}
-        for task in PROMPT_TASKS:
+        for task in self.tasks:
             templates[task] = environment.get_template(self._file(task))
         return templates
 
@@ -104,7 +106,7 @@ class Prompts:
         """
         hint = "HINT" if self.hint else ""
         found = {}
-        for task in PROMPT_TASKS:
+        for task in self.tasks:
             file = self._file(task)
             version = _VERSION.match((self.folder / file).read_text(encoding="utf-8"))
             if not version:

@@ -1,15 +1,18 @@
 """Where questions come from: the drawn data set, or a JSONL or parquet file with id, image, question and answer.
 
-Another source is another generator of `TraceQuestion`: ids that stay the same from run to run, pictures opened on demand.
+`source_questions` has those of everything that recipes train on. Another source is another generator of `TraceQuestion`:
+ids that stay the same from run to run, pictures opened on demand.
 """
 
 import io
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.client import HTTPException
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from siq_vl.data.adapters import recognise
 from siq_vl.data.figures.dataset import FigureSample, sample
 from siq_vl.data.remote import MAX_BYTES, download_image
 from siq_vl.parsing.answers import KINDS
@@ -27,9 +31,11 @@ logger = logging.getLogger(__name__)
 PROMPT_TASKS = ("general", "chart", "document", "scene")
 _FIGURE_TASKS = {"charts": "chart", "documents": "document", "scenes": "scene"}
 _COLUMNS = ("id", "question", "kind", "task", "choices", "answer", "answers", "image", "images")
-_LETTERS = 8  # choices that the prompts can letter
-_MOST_PICTURES = 64  # of one question
+MOST_LETTERS = 8  # choices that the prompts can letter
+MOST_PICTURES = 64  # of one question
 _MAX_LINE = 64 << 20  # bytes
+_SCIENCEQA = frozenset({"hint", "lecture", "solution", "skill"})
+_TELLING_ROWS = 100  # lines of a file that are looked at to tell its form
 _NAMED = 5  # rows left out that are named in the log; the file names all
 _MIME = {b"\x89PNG\r\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
 
@@ -243,13 +249,12 @@ def file_questions(
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file: pass a .jsonl or .parquet file of questions")
-    readers = {".jsonl": _json_rows, ".json": _json_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
+    if path.suffix not in _READERS:
         raise ValueError(f"{path.name} is neither .jsonl nor .parquet: convert it first")
     ids: set[str] = set()
     first_error = ""
     # A row that is left out keeps its number: mending it later names no other row anew.
-    for number, row in enumerate(readers[path.suffix](path)):
+    for number, row in enumerate(_READERS[path.suffix](path)):
         if limit and number >= limit:
             break
         try:
@@ -268,6 +273,35 @@ def file_questions(
         yield question
     if not ids:
         raise ValueError(f"{path.name} holds no question that can be asked: {first_error or 'it is empty'}")
+
+
+def is_file_of_questions(path: Path) -> bool:
+    """Return whether a path is a file that `file_questions` reads, rather than one of a published format.
+
+    Its first row tells.
+    """
+    if path.suffix not in _READERS or not path.is_file():
+        return False
+    if path.suffix == ".parquet":
+        with suppress(pa.ArrowException, OSError):
+            return _is_ours(pq.read_schema(path).names)
+        return True
+    for row in islice(_json_rows(path), _TELLING_ROWS):
+        if isinstance(row, Mapping):
+            return _is_ours(list(row))
+    # A list of rows over many lines, as annotation files are written.
+    return path.suffix != ".json"
+
+
+def _is_ours(columns: list[str]) -> bool:
+    try:
+        format = recognise(columns)
+    except ValueError:
+        return True  # what is missing is told row by row
+    if format == "scienceqa":
+        # A multiple choice of ours has the same three columns, and none of those that explain.
+        return not _SCIENCEQA & set(columns)
+    return format == "vqa"
 
 
 @dataclass(frozen=True)
@@ -331,6 +365,9 @@ def _parquet_row(batch: pa.RecordBatch, place: int) -> object:
         return _Unreadable(f"it cannot be read ({error}): write it again")
 
 
+_READERS = {".jsonl": _json_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+
+
 def _question(row: object, number: int, policy: ImagePolicy, task: str, file: str) -> TraceQuestion:
     if not isinstance(row, Mapping):
         raise ValueError(row.reason if isinstance(row, _Unreadable) else "it is no object")
@@ -341,8 +378,8 @@ def _question(row: object, number: int, policy: ImagePolicy, task: str, file: st
     if not isinstance(listed, list | tuple):
         raise ValueError(f"its choices are {_shown(listed)}: give a list of texts")
     choices = tuple(_text(choice, "choice") for choice in listed)
-    if len(choices) > _LETTERS:
-        raise ValueError(f"it has {len(choices)} choices: at most {_LETTERS} can be lettered")
+    if len(choices) > MOST_LETTERS:
+        raise ValueError(f"it has {len(choices)} choices: at most {MOST_LETTERS} can be lettered")
     kind, task = row.get("kind") or ("choice" if choices else "open"), row.get("task") or task
     if kind not in KINDS:
         raise ValueError(f"its kind is {_shown(kind)}; it must be one of {', '.join(KINDS)}")
@@ -350,18 +387,40 @@ def _question(row: object, number: int, policy: ImagePolicy, task: str, file: st
         raise ValueError(f"its task is {_shown(task)}; it must be one of {', '.join(PROMPT_TASKS)}")
     golds = _listed(row.get("answers") if row.get("answers") is not None else row.get("answer"))
     pictures = _listed(row.get("images") if row.get("images") is not None else row.get("image"))
-    if len(pictures) > _MOST_PICTURES:
-        raise ValueError(f"it has {len(pictures)} pictures: at most {_MOST_PICTURES} are shown with one question")
+    if len(pictures) > MOST_PICTURES:
+        raise ValueError(f"it has {len(pictures)} pictures: at most {MOST_PICTURES} are shown with one question")
     return TraceQuestion(
         _text(row["id"], "id") if row.get("id") is not None else f"row-{number}",
         _text(question, "question").strip(),
-        tuple(text for gold in golds if gold is not None and (text := _text(gold, "answer")).strip()),
+        _golds(golds, kind, choices),
         kind,
         task,
         choices,
         sources=tuple(_source(value, policy) for value in pictures),
         origin=f"{file}, row {number + 1}",
     )
+
+
+def _golds(answers: list, kind: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the gold answers of a row as texts; null and blank ones are none.
+
+    Raises:
+        ValueError: one is no text, or the number of a choice rather than its letter or text.
+    """
+    golds = []
+    for answer in answers:
+        if answer is None:
+            continue
+        # No teacher's answer would ever agree with it.
+        if kind == "choice" and isinstance(answer, int) and str(answer) not in choices and answer < len(choices):
+            raise ValueError(
+                f"its answer is {answer}, which is none of its choices: give the letter or the text of the right one, or "
+                "pass --format scienceqa, whose answers count from 0"
+            )
+        text = _text(answer, "answer")
+        if text.strip():
+            golds.append(text)
+    return tuple(golds)
 
 
 def _listed(value: object) -> list:

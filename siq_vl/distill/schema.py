@@ -1,9 +1,12 @@
 """What a trace is: the columns of a store, said once for who writes, verifies, selects and reads them."""
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, TypedDict, get_type_hints
 
 from datasets import Features, Image, List, Value
+
+DESCRIPTION_TASKS = ("caption", "ocr")  # of stores of descriptions: what pictures show, and the text in them
 
 Text = Annotated[str, Value("string")]
 Texts = Annotated[list[str], List(Value("string"))]
@@ -22,7 +25,7 @@ class TeacherTrace(TypedDict):
         golds: the gold answers, one of which is enough; possibly none.
         choices: the texts of a multiple choice.
         kind: how answers are compared, one of `answers.KINDS`.
-        task: which prompt was used, one of `questions.PROMPT_TASKS`.
+        task: which prompt was used, one of `questions.PROMPT_TASKS`, or of `DESCRIPTION_TASKS`.
         teacher: the teacher's name.
         teacher_kind: `"figures"`, `"transformers"`, `"openai"`, or another that a `Teacher` of your own names.
         revision: of the teacher's weights or script.
@@ -101,6 +104,35 @@ def _features() -> Features:
 
 FEATURES = _features()
 VERDICT_COLUMNS = tuple(Verdict.__annotations__)
+_BOUNDS = ("max_new_tokens", "max_tokens")  # what local models and servers call the bound of a reply
+
+
+def reply_bound(sampling: str) -> int:
+    """Return the most tokens that a reply could have, by the column `sampling`; 0 where it does not say."""
+    settings = _settings(sampling)
+    for name in _BOUNDS:
+        if isinstance(settings.get(name), int):
+            return settings[name]
+    return 0
+
+
+def without_bound(sampling: str) -> dict:
+    """Return the settings of the column `sampling`, that bound left out."""
+    settings = _settings(sampling)
+    for name in _BOUNDS:
+        settings.pop(name, None)
+    return settings
+
+
+def _settings(sampling: str) -> dict:
+    """Return the settings that a store's column holds; none where a store that was mended holds no JSON there."""
+    try:
+        settings = json.loads(sampling)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(settings, dict):
+        return {}
+    return settings
 
 
 @dataclass

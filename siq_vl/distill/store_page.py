@@ -7,6 +7,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from siq_vl.distill.questions import EncodedPicture
+from siq_vl.distill.traces import evaluated
 from siq_vl.distill.yields import LENGTH_BINS, store_yield, tables
 from siq_vl.evaluation.tables import table_cells
 from siq_vl.files import write_text
@@ -46,6 +47,7 @@ def write_page(folder: Path, path: Path | None = None, *, shown: int = 24) -> Pa
         "traces.html.jinja",
         title="Traces",
         summary=summary,
+        evaluated=evaluated(folder),
         tables=shown_tables,
         histograms=histograms,
         galleries=galleries,

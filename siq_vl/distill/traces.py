@@ -4,7 +4,7 @@
         data/traces-00000.parquet   sealed shards, never half-written
         journal/00001.jsonl         finished traces that are in no shard yet, one line each, written at once
         journal/unreadable.txt      lines of a journal that were damaged, if there ever were any
-        settings.json               how the traces are verified and selected
+        settings.json               how the traces are verified and selected, and where their questions are from
         README.md, report.html      the data card and the page
 
 A finished trace is appended to the journal with a single write, so a killed process loses none. A full journal is sealed:
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 _SCHEMA = FEATURES.arrow_schema
 _ESSENTIAL = ("sample_id", "question", "teacher", "output")  # a journal's line without one of them is no trace
 _UNREADABLE = "unreadable.txt"
+_SETTINGS = "settings.json"
+_FILES = (".json", ".jsonl", ".parquet")
+_EVALUATED = re.compile(r"(?<![a-z])(?:test|testmini|val|minival|validation|dev)(?![a-z])")
 _SHARD, _JOURNAL = "traces-{:05d}.parquet", "{:05d}.jsonl"
 
 
@@ -167,20 +170,26 @@ class TraceStore:
 
     def read_settings(self) -> dict:
         """Return how the traces are verified and selected; nothing, where that is not known."""
-        path = self.folder / "settings.json"
-        if not path.exists():
-            return {}
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            settings = None
-        if not isinstance(settings, dict):
-            logger.warning("%s cannot be read: every trace is verified again", path.name)
+        settings = _settings_in(self.folder)
+        if settings is None:
+            logger.warning("%s cannot be read: every trace is verified again", _SETTINGS)
             return {}
         return settings
 
     def write_settings(self, settings: Mapping) -> None:
-        write_text(self.folder / "settings.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        """Note how the traces are verified and selected; where their questions are from stays noted."""
+        noted = origins(self.folder)
+        if noted:
+            settings = {**settings, "questions": noted}
+        write_text(self.folder / _SETTINGS, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+    def note_questions(self, described: Mapping[str, str]) -> None:
+        """Note where questions are from: the source, and the split of it that must not be evaluated on."""
+        noted = origins(self.folder)
+        if described in noted:
+            return
+        settings = {**(_settings_in(self.folder) or {}), "questions": [*noted, dict(described)]}
+        write_text(self.folder / _SETTINGS, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     def _recover(self) -> None:
         """Finish what a killed process began, and mend what is damaged."""
@@ -413,6 +422,53 @@ def to_table(rows: Sequence[Mapping]) -> pa.Table:
     for name in _SCHEMA.names:
         columns[name] = [row[name] for row in rows]
     return pa.Table.from_pydict(columns, schema=_SCHEMA)
+
+
+def _settings_in(folder: Path) -> dict | None:
+    """Return what a store's settings.json holds: nothing where there is none, None where it cannot be read."""
+    path = folder / _SETTINGS
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(settings, dict):
+        return None
+    return settings
+
+
+def origins(folder: Path) -> list[dict[str, str]]:
+    """Return where the questions of a store are from: `source`, and `subset` and `split` where it has them.
+
+    A store of an earlier version does not say.
+    """
+    noted = (_settings_in(folder) or {}).get("questions")
+    if not isinstance(noted, list):
+        return []
+    return [each for each in noted if isinstance(each, dict) and isinstance(each.get("source"), str)]
+
+
+def evaluated(folder: Path) -> list[str]:
+    """Return the sources of a store whose questions are of a split that models are evaluated on, in words."""
+    return [named for origin in origins(folder) if (named := evaluated_part(origin))]
+
+
+def evaluated_part(origin: Mapping[str, str]) -> str:
+    """Return, in words, the part of a data set that questions are of where models are evaluated on it; else nothing."""
+    source, split, data_files = origin["source"], origin.get("split", "train"), origin.get("data_files", "")
+    if not split.casefold().startswith("train"):
+        return f"split {split} of {source}"
+    if is_evaluated(data_files):
+        return f"{data_files} of {source}"
+    if source.endswith(_FILES) and is_evaluated(source):
+        return source
+    return ""
+
+
+def is_evaluated(name: str) -> bool:
+    """Return whether the name of a file tells that models are evaluated on what it holds."""
+    return bool(_EVALUATED.search(name.casefold()))
 
 
 def read_traces(

@@ -27,9 +27,9 @@ from siq_vl.data.mixture_config import SourceConfig
 from siq_vl.data.mixtures import MixtureReport, SourceCount
 from siq_vl.data.preprocessing import DropLog, Preprocessor
 from siq_vl.distill.choice import PlannedRow, TraceChoice, choose, order_epoch, split_by_question
-from siq_vl.distill.descriptions import Descriptions
+from siq_vl.distill.descriptions import DESCRIPTIONS, Descriptions
 from siq_vl.distill.trace_arguments import TraceArguments
-from siq_vl.distill.traces import read_traces
+from siq_vl.distill.traces import evaluated, read_traces
 from siq_vl.processing_siq_vl import SiQVLProcessor
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,8 @@ def training_traces(
         raise ValueError("traces names no store: set it to the folder that generate_traces.py wrote")
     folder = Path(config.traces)
     stored = _open(folder)
+    if found := evaluated(folder):
+        logger.warning("the traces are of %s: do not evaluate on it what is trained on them", ", ".join(found))
     weights = _weights(config, stored, folder)
 
     drops = DropLog(max_bad_share, drop_log)
@@ -130,8 +132,14 @@ def training_traces(
 
 def store_state(config: TraceArguments) -> dict[str, int]:
     """Return what tells whether a store is still the same: its shards and their sizes in bytes."""
-    shards = sorted((Path(config.traces or "") / "data").glob("traces-*.parquet"))
-    return {path.name: path.stat().st_size for path in shards}
+    folder = Path(config.traces or "")
+    files = sorted((folder / "data").glob("traces-*.parquet"))
+    state = {path.name: path.stat().st_size for path in files}
+    if config.student == "text":
+        # A student without eyes learns from what it is told, too.
+        for path in sorted((folder / DESCRIPTIONS / "data").glob("traces-*.parquet")):
+            state[f"{DESCRIPTIONS}/{path.name}"] = path.stat().st_size
+    return state
 
 
 def _open(folder: Path) -> Dataset:
@@ -310,7 +318,8 @@ class _TeacherSource:
                 answer = row["golds"][0]
         images = as_items(row["images"] or row.get("image_paths"))
         question = student_question(row)
-        if self._descriptions is not None:
+        # A question about no picture needs none described.
+        if self._descriptions is not None and images:
             images = []
             question = f"{self._descriptions.of(row)}\n{question}"
         turns = [message("user", question, len(images)), message("assistant", reasoned(rationale, answer))]

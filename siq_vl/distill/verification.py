@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
-from siq_vl.distill.schema import Verdict
-from siq_vl.parsing.answers import MATCHES, Parsed, agrees, final_answer, number_in, parse_trace
+from siq_vl.distill.schema import DESCRIPTION_TASKS, Verdict
+from siq_vl.parsing.answers import MATCHES, TAGS, Parsed, agrees, final_answer, number_in, parse_trace
 from siq_vl.parsing.arithmetic import agrees_with_result, false_statements, results_of
 from siq_vl.parsing.texts import languages, loops, other_language, pieces
 
@@ -18,6 +18,8 @@ TEACHER_ERROR = "teacher_error"  # rejects a trace for which the teacher had no 
 _OPENING = 160  # characters of an output in which a refusal is looked for
 _LONGEST_CONCLUSION = 6  # words; what is longer is a sentence about the answer, not the answer
 _TAG = re.compile(r"</?(?:think|answer)>")
+_SPECIAL_TOKEN = re.compile(r"<\|[\w-]{1,40}\|>")  # as chat templates of the Qwen family and others write them
+_DESCRIPTION = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 _REFUSAL = re.compile(
     r"\b(?:i(?:'|’)?m|i am) (?:sorry\b|(?:unable|not able) to)|\bas an ai\b|"
     r"\b(?:i|we) (?:can(?:no|'|’)?t|can ?not|could not|do not have the ability to) "
@@ -47,6 +49,7 @@ class RuleInput:
     finish_reason: str
     hinted: bool
     error: str
+    task: str = "general"
 
     @classmethod
     def of(cls, row: Mapping) -> "RuleInput":
@@ -55,8 +58,15 @@ class RuleInput:
 
     @cached_property
     def parsed(self) -> Parsed:
-        """The output's rationale and answer."""
+        """The output's rationale and answer; of a description all of its text is the answer."""
+        if self.is_description:
+            return Parsed("", _description(self.output), True)
         return parse_trace(self.output)
+
+    @property
+    def is_description(self) -> bool:
+        """Whether a picture was to be described, rather than a question answered."""
+        return self.task in DESCRIPTION_TASKS
 
     @cached_property
     def tokens(self) -> int:
@@ -67,7 +77,21 @@ class RuleInput:
 RULE_COLUMNS = tuple(column.name for column in fields(RuleInput))
 
 
+def _description(output: str) -> str:
+    """Return what a teacher says of a picture, without what it thought before; nothing where it only thought."""
+    _, closed, said = output.rpartition("</think>")
+    if not closed and "<think>" in output:
+        return ""
+    # Prompts for descriptions ask for no tags; a model that was trained on them may write them all the same.
+    tagged = _DESCRIPTION.search(said)
+    if tagged:
+        said = tagged.group(1)
+    return said.strip()
+
+
 def _unparsed(trace: RuleInput, rules: "Verification") -> bool:
+    if trace.is_description:
+        return not trace.parsed.answer
     return not trace.parsed.rationale or not trace.parsed.answer
 
 
@@ -144,6 +168,18 @@ def _leaks_hint(trace: RuleInput, rules: "Verification") -> bool:
     return trace.hinted and bool(_HINTED.search(trace.parsed.rationale))
 
 
+def _spells_markup(trace: RuleInput, rules: "Verification") -> bool:
+    """Whether the rationale or the answer spells out a tag or a special token, or another answer stands behind the answer.
+
+    A student would learn to close its reasoning or its turn early; and of two answers nobody knows which one is meant.
+    """
+    for text in (trace.parsed.rationale, trace.parsed.answer):
+        if _SPECIAL_TOKEN.search(text) or any(tag in text for tag in TAGS):
+            return True
+    _, _, behind = trace.output.partition("</answer>")
+    return "<answer>" in behind or "<think>" in behind
+
+
 RULES: Mapping[str, Callable[[RuleInput, "Verification"], bool]] = {
     "parse": _unparsed,
     "truncated": _truncated,
@@ -155,7 +191,10 @@ RULES: Mapping[str, Callable[[RuleInput, "Verification"], bool]] = {
     "length": _wrong_length,
     "language": _other_language,
     "hint": _leaks_hint,
+    "markup": _spells_markup,
 }
+# A description has neither rationale nor gold answer, and may quote whatever language is in the picture.
+_RULES_OF_DESCRIPTIONS = ("parse", "truncated", "refusal", "repetition", "markup")
 
 
 @dataclass(frozen=True)
@@ -194,8 +233,12 @@ class Verification:
             raise ValueError(f"language is {self.language!r}; it must be a code such as en, or empty for any")
 
     def settings(self) -> dict:
-        """Return what a store's settings.json keeps; its keys are those of the first stores."""
+        """Return what a store's settings.json keeps; most keys are those of the first stores.
+
+        The rules are among it, so that a store is judged again when there are new ones.
+        """
         return {
+            "rules": list(RULES),
             "skip": sorted(self.skip_rules),
             "match": self.match,
             "min_tokens": self.min_words,
@@ -209,6 +252,8 @@ class Verification:
             return [TEACHER_ERROR]
         rejected_by = []
         for name, rejects in RULES.items():
+            if trace.is_description and name not in _RULES_OF_DESCRIPTIONS:
+                continue
             if name not in self.skip_rules and rejects(trace, self):
                 rejected_by.append(name)
         return rejected_by

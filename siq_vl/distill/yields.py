@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from siq_vl.distill.schema import reply_bound
 from siq_vl.distill.selection import SELECTION_RULES
 from siq_vl.distill.verification import RULES, TEACHER_ERROR
 from siq_vl.evaluation.statistics import wilson
@@ -18,7 +19,7 @@ ALL_RULES = (TEACHER_ERROR, *RULES, *SELECTION_RULES)
 LENGTH_BINS = (0, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _COLUMNS = (
     "sample_id", "teacher", "repeat", "kind", "answer", "error", "rejected_by", "verdict", "rationale_tokens", "injected",
-    "teacher_kind", "prompt_tokens", "completion_tokens", "seconds",
+    "teacher_kind", "prompt_tokens", "completion_tokens", "seconds", "finish_reason", "sampling",
 )  # fmt: skip
 
 
@@ -34,6 +35,8 @@ class TeacherYield:
         read: tokens read.
         written: tokens written.
         seconds: from asking to having, summed over the traces.
+        cut: question and number of each sample whose reply broke off at its bound, and was not asked again since.
+        bound: tokens of a reply, the greatest bound at which one broke off.
     """
 
     made: int = 0
@@ -43,6 +46,8 @@ class TeacherYield:
     read: int = 0
     written: int = 0
     seconds: float = 0.0
+    cut: set[tuple[str, int]] = field(default_factory=set)
+    bound: int = 0
 
     def count(self, row: Mapping) -> None:
         """Count one trace."""
@@ -52,6 +57,13 @@ class TeacherYield:
         self.read += row["prompt_tokens"]
         self.written += row["completion_tokens"]
         self.seconds += row["seconds"]
+        sample = (row["sample_id"], row["repeat"])
+        if row["finish_reason"] == "length":
+            self.cut.add(sample)
+            self.bound = max(self.bound, reply_bound(row["sampling"]))
+        else:
+            # Asked again with room for more, it came to its end: later traces lie behind earlier ones.
+            self.cut.discard(sample)
         if not row["error"]:
             self.lengths[_length_bin(row["rationale_tokens"])] += 1
 
@@ -164,6 +176,25 @@ def cost_table(found: StoreYield) -> str:
     return markdown(lines)
 
 
+def cut_table(found: StoreYield) -> str:
+    """Return, of each teacher with replies that broke off at their bound, how many did, and the flag that mends it."""
+    lines = [["teacher", "cut off", "of", "cut off %", "at tokens", "asks these again"]]
+    for name, teacher in sorted(found.teachers.items()):
+        if teacher.cut:
+            cut = len(teacher.cut)
+            bound = str(teacher.bound or "-")
+            lines.append(
+                [name, str(cut), str(teacher.made), _percent(cut, teacher.made), bound, longer_replies(teacher)]
+            )
+    return markdown(lines)
+
+
+def longer_replies(teacher: TeacherYield) -> str:
+    """Return the flag that leaves room for the replies of a teacher that broke off."""
+    # Twice as much; where nobody knows how much it was, as much as a model that thinks takes.
+    return f"--max_new_tokens {2 * teacher.bound or 4096}"
+
+
 def precision_and_recall(found: StoreYield) -> tuple[float, float] | None:
     """Return verification's precision and recall against the oracle's own record; None without a faulty trace.
 
@@ -200,6 +231,8 @@ def _percent(part: int, whole: int) -> str:
 def tables(found: StoreYield) -> dict[str, str]:
     """Return every table that has something to say, by its heading."""
     shown = {"Yield, and traces rejected by rule (a trace can be rejected by several)": yield_table(found)}
+    if any(teacher.cut for teacher in found.teachers.values()):
+        shown["Replies cut off at the bound on their length"] = cut_table(found)
     if found.pairs:
         shown["Agreement between teachers"] = agreement_table(found)
     if scores := precision_and_recall(found):

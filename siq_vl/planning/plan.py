@@ -2,20 +2,21 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 from siq_vl.configuration_siq_vl import SiQVLConfig
 from siq_vl.data.collation import IGNORED, ConversationCollator
 from siq_vl.data.mixture_config import FIGURES
-from siq_vl.data.mixtures import Mixture, build_mixture
+from siq_vl.data.mixtures import MANY_PASSES, Mixture, build_mixture, repeated
 from siq_vl.data.packing import fill, padding_share
 from siq_vl.planning.sizes import Memory, Sizes, count, memory_table, predicted_memory, size_table
 from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.terms import inherited, licence_for, made_from, terms_of, terms_table
 from siq_vl.training.arguments import ADAPTER_FIELDS, DataArguments, ModelArguments
 from siq_vl.training.backbones import planned_config, stand_in_processor
-from siq_vl.training.checkpoints import samples_a_step
+from siq_vl.training.checkpoints import asked_from, samples_a_step
 from siq_vl.training.recipes import Recipe, backbones_of, read_settings, starting_checkpoint
 from siq_vl.training.run import rows_needed, traces_for_stage
 from siq_vl.training.stored_features import feature_plan
@@ -34,11 +35,13 @@ class PlannedData:
         text: what to say of them.
         rows: training rows to look at; None where none can be read here.
         available: different rows that there are; None where a source has no end, or nobody knows.
+        passes: how often the run reads each row, by the name of its source, where that is known.
     """
 
     text: str
     rows: Iterable[Mapping] | None = None
     available: int | None = None
+    passes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def plan(recipe: Recipe, task: str) -> str:
         "Model": model,
         "Parameters": parameters,
         "Data": data.text,
-        "Steps": _steps(recipe, rows_an_epoch),
+        "Terms": _terms(recipe),
+        "Steps": _steps(recipe, rows_an_epoch, data.passes),
         "Tokens": tokens,
         "Vision features": feature_plan(recipe, config, rows_an_epoch, data.available),
         f"Memory of one device, predicted for {batch} x {length} tokens": memory_table(memory),
@@ -165,6 +169,22 @@ def _adapter_in(path: Path) -> ModelArguments:
     return ModelArguments(**{name: value for name, value in stated.items() if name in ADAPTER_FIELDS})
 
 
+def _terms(recipe: Recipe) -> str:
+    """Say what the model will be made from, under which terms, and what licence its card will therefore name."""
+    names = set(made_from({"backbones": dict(enumerate(backbones_of(recipe)))}))
+    if recipe.traces is not None:
+        names.update(made_from({"traces": asdict(recipe.traces)}), asked_from(recipe))
+    else:
+        names.update(made_from({"data": asdict(recipe.data)}))
+    if recipe.stage != "1" and not recipe.model.random_weights:
+        try:
+            names.update(inherited(Path(starting_checkpoint(recipe))))
+        except ValueError:
+            logger.info("there is no checkpoint to start from yet: its terms are not among these")
+    licence = f"the card will say: {licence_for(names)}"
+    return "\n\n".join(filter(None, [terms_table(sorted(names)), licence]))
+
+
 def _data(recipe: Recipe, task: str) -> PlannedData:
     """Look through what the run reads: traces in stage 3, else the sources of its mixture."""
     if recipe.traces is not None:
@@ -175,12 +195,15 @@ def _data(recipe: Recipe, task: str) -> PlannedData:
         if needed:
             wanted = min(needed, _SAMPLED_ROWS)
         mixture = build_mixture(_streamed(recipe), task, wanted, places=recipe.places)
+        _share_by_size(mixture, recipe.data)
     except (OSError, ValueError) as error:
-        return PlannedData(f"{_shares(recipe.data)}\ncannot be read here: {_line(error)}")
+        return PlannedData(
+            f"{_shares(recipe.data)}\ncannot be read here: {_line(error)}", passes=_passes_as_published(recipe)
+        )
     text = f"{mixture.report.table()}\n\n({wanted} rows are looked at for this plan)"
     if recipe.data.blind:
         text += "\npictures are withheld"
-    return PlannedData(text, mixture.rows, _available(mixture))
+    return PlannedData(text, mixture.rows, _available(mixture), _passes(recipe, mixture))
 
 
 def _shares(data: DataArguments) -> str:
@@ -230,10 +253,61 @@ def _traces(recipe: Recipe) -> PlannedData:
         traces = traces_for_stage(recipe, processor)
     except (OSError, ValueError) as error:
         return PlannedData(f"{named}\ncannot be read here: {_line(error)}")
-    return PlannedData(f"{named}\n{traces.report.table()}", traces.rows, len(traces.rows))
+    # Where the steps are not counted, epochs are.
+    times = _draws(recipe) / len(traces.rows) or recipe.training.num_train_epochs
+    return PlannedData(f"{named}\n{traces.report.table()}", traces.rows, len(traces.rows), {"the traces": times})
 
 
-def _steps(recipe: Recipe, rows_an_epoch: int | None) -> str:
+def _share_by_size(mixture: Mixture, data: DataArguments) -> None:
+    """Correct the shares of sources that a plan streams and training does not: without weights, by their sizes."""
+    counted = mixture.report.sources
+    if any(source.weight for source in data.sources) or any(not each.available for each in counted):
+        return
+    total = sum(each.available for each in counted)
+    for each in counted:
+        each.share = each.available / total
+
+
+def _draws(recipe: Recipe) -> int:
+    """Return the rows that the run's steps take; 0 where epochs are counted instead."""
+    return max(0, recipe.training.max_steps) * samples_a_step(recipe)
+
+
+def _passes(recipe: Recipe, mixture: Mixture) -> dict[str, float]:
+    """Return how often the run reads each row of a source, by its name, where that is known."""
+    passes = {}
+    for source in mixture.report.sources:
+        if source.available and _draws(recipe):
+            passes[source.name] = _draws(recipe) * source.share / source.available
+    return passes
+
+
+def _passes_as_published(recipe: Recipe) -> dict[str, float]:
+    """Return the same for a Hub that cannot be reached, by the sizes that are known of its data sets."""
+    sizes, sources = {}, recipe.data.sources
+    for source in sources:
+        rows = (terms_of(source.name).rows or {}).get(source.split)
+        if rows is not None:
+            sizes[source.name] = rows if source.max_samples is None else min(rows, source.max_samples)
+    if len(sizes) < len(sources):
+        return {}
+    weights = {source.name: source.weight or sizes[source.name] for source in sources}
+    total = sum(weights.values())
+    return {name: _draws(recipe) * weights[name] / total / sizes[name] for name in sizes if _draws(recipe)}
+
+
+def _steps(recipe: Recipe, rows_an_epoch: int | None, passes: Mapping[str, float]) -> str:
+    """Say how many steps there are, of how many samples, and how often each row is read."""
+    lines = [_counted_steps(recipe, rows_an_epoch)]
+    for name, times in passes.items():
+        if times > MANY_PASSES:
+            lines.append(f"WARNING: {repeated(name, times)}")
+        else:
+            lines.append(f"each row of {name} is read {times:.2f} times")
+    return "\n".join(lines)
+
+
+def _counted_steps(recipe: Recipe, rows_an_epoch: int | None) -> str:
     training = recipe.training
     each = samples_a_step(recipe)
     how = (
@@ -282,7 +356,7 @@ def _batching(recipe: Recipe, lengths: Sequence[int]) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:240]
+    return " ".join(str(error).split())[:1000]
 
 
 def _processor(recipe: Recipe) -> SiQVLProcessor:

@@ -15,13 +15,15 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from siq_vl.data.mixtures import MixtureReport
+from siq_vl.distill.traces import origins
 from siq_vl.distill.training_rows import store_state
 from siq_vl.hub import BEFORE_AFTER_FILE, CURVE_FILE, EMERGENCE_FIGURE, SCORES_FILE, model_card
 from siq_vl.plots import learning_curve_plot
 from siq_vl.processing_siq_vl import SiQVLProcessor
+from siq_vl.terms import inherited, is_hub_id, made_from, source_name
 from siq_vl.training.arguments import ADAPTER_FIELDS, ModelArguments
 from siq_vl.training.quantization import merge_adapter
-from siq_vl.training.recipes import Recipe, backbones_of
+from siq_vl.training.recipes import Recipe, backbones_of, starting_checkpoint
 from siq_vl.training.sharding import whole_model
 
 logger = logging.getLogger(__name__)
@@ -162,7 +164,24 @@ def _settings(
         "run": asdict(recipe.run),
         "training": {name: value for name, value in recipe.training.to_dict().items() if name not in _PRIVATE_SETTINGS},
     }
+    settings["made_from"] = sorted({*made_from(settings), *asked_from(recipe), *_inherited(recipe)})
     return _portable(settings)
+
+
+def asked_from(recipe: Recipe) -> list[str]:
+    """Return the ids that the questions of a recipe's traces are from, as far as the store notes it."""
+    if recipe.traces is None or recipe.traces.traces is None:
+        return []
+    names = [source_name({"path": each["source"], **each}) for each in origins(Path(recipe.traces.traces))]
+    return [name for name in names if is_hub_id(name)]
+
+
+def _inherited(recipe: Recipe) -> list[str]:
+    """Return what the checkpoint that a stage starts from was made from."""
+    if recipe.stage == "1" or recipe.model.random_weights:
+        return []
+    start = starting_checkpoint(recipe)
+    return inherited(Path(start)) or [start]
 
 
 def _best(trainer: SFTTrainer) -> dict | None:

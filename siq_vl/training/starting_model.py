@@ -6,6 +6,7 @@ import tempfile
 import torch
 from transformers import set_seed
 
+from siq_vl.data.hub_errors import unreadable_model
 from siq_vl.loading import load_model, load_processor
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
@@ -77,19 +78,23 @@ def _join_backbones(recipe: Recipe) -> tuple[SiQVLForConditionalGeneration, SiQV
         )
     tower, language_model = recipe.find(arguments.vision_tower), recipe.find(arguments.language_model)
     logger.info("stage 1 of recipe %s joins %s and %s", recipe.name, arguments.vision_tower, arguments.language_model)
-    processor = SiQVLProcessor.from_backbones(
-        tower, language_model, pixel_shuffle_factor=arguments.pixel_shuffle_factor
-    )
-    model = SiQVLForConditionalGeneration.from_backbones(
-        tower,
-        language_model,
-        image_token_id=processor.image_token_id,
-        vision_start_token_id=processor.vision_start_token_id,
-        vision_end_token_id=processor.vision_end_token_id,
-        projector_type=arguments.projector_type,
-        pixel_shuffle_factor=arguments.pixel_shuffle_factor,
-        dtype=getattr(torch, arguments.dtype),
-    )
+    # The processor reads both backbones' small files, so that an id that cannot be had is found before any weights.
+    try:
+        processor = SiQVLProcessor.from_backbones(
+            tower, language_model, pixel_shuffle_factor=arguments.pixel_shuffle_factor
+        )
+        model = SiQVLForConditionalGeneration.from_backbones(
+            tower,
+            language_model,
+            image_token_id=processor.image_token_id,
+            vision_start_token_id=processor.vision_start_token_id,
+            vision_end_token_id=processor.vision_end_token_id,
+            projector_type=arguments.projector_type,
+            pixel_shuffle_factor=arguments.pixel_shuffle_factor,
+            dtype=getattr(torch, arguments.dtype),
+        )
+    except OSError as error:
+        raise unreadable_model(f"{arguments.vision_tower} or {arguments.language_model}", error) from error
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
     return model, processor

@@ -57,6 +57,7 @@ class Teacher(ABC):
         prompts_family: the folder of templates made for it.
         in_flight: calls of `generate` worth having under way at once.
         batch_size: requests worth giving to one call.
+        max_new_tokens: the most tokens of a reply, which a budget reserves for it.
     """
 
     kind: ClassVar[str]
@@ -65,6 +66,7 @@ class Teacher(ABC):
     prompts_family: str = "default"
     in_flight: int = 1
     batch_size: int = 1
+    max_new_tokens: int = 1024
 
     @abstractmethod
     def settings(self) -> dict:

@@ -5,16 +5,20 @@ import inspect
 import logging
 import time
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
     ProcessorMixin,
     set_seed,
 )
@@ -22,34 +26,34 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from siq_vl.distill.teachers.base import Teacher, TeacherReply, TeacherRequest
+from siq_vl.distill.teachers.models import (
+    PRESENCE_PENALTY,
+    check_loadable,
+    defaults_for,
+    generate_arguments,
+    native_internvl,
+    unknown_type,
+)
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ModelDefaults:
-    """What suits a family of models: its prompts and, from its model card, its sampling."""
+class PresencePenalty(LogitsProcessor):
+    """Lowers the score of every token that a reply holds already, as servers do: tokens of the prompt do not count.
 
-    prompts: str
-    sampling: dict = field(default_factory=dict)
-    max_new_tokens: int = 1024
+    Args:
+        penalty: what is taken off a token's score, once, however often it was written.
+        prompt_length: tokens of the prompt, padding included.
+    """
 
+    def __init__(self, penalty: float, prompt_length: int):
+        self.penalty, self.prompt_length = penalty, prompt_length
 
-# The first whose key stands in the model's name, case apart, is used; any of it can be overridden.
-MODEL_DEFAULTS: dict[str, ModelDefaults] = {
-    "qwen3-vl-2b-thinking": ModelDefaults("qwen3_vl_thinking", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20}, 4096),
-    "qwen3-vl-2b-instruct": ModelDefaults("qwen3_vl_instruct", {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}),
-    "internvl3_5": ModelDefaults("internvl3_5", {"do_sample": True, "temperature": 0.6, "top_p": 0.95}),
-    "hunyuanocr": ModelDefaults("hunyuan_ocr", {"do_sample": False}),
-}  # fmt: skip
-
-
-def defaults_for(model: str) -> ModelDefaults:
-    """Return what suits a model, by its name; greedy decoding and the default prompts for unknown ones."""
-    for key, defaults in MODEL_DEFAULTS.items():
-        if key in model.casefold():
-            return defaults
-    return ModelDefaults("default", {"do_sample": False})
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return the scores, `(rows, vocabulary)`, after the tokens `(rows, tokens)`."""
+        written = input_ids[:, self.prompt_length :]
+        penalties = torch.zeros_like(scores).scatter_(1, written, self.penalty)
+        return scores - penalties  # type: ignore[return-value]
 
 
 class TransformersTeacher(Teacher):
@@ -58,11 +62,15 @@ class TransformersTeacher(Teacher):
     Args:
         model: folder or Hub id.
         revision: branch, tag or commit; the store records the commit that was loaded.
-        sampling: arguments of `generate`, over the defaults of the model.
+        sampling: arguments of `generate`, and `presence_penalty`, over the defaults of the model.
         max_new_tokens: bound on a reply; 0 takes the model's default.
         batch_size: requests generated together.
         seed: of the sampling.
         trust_remote_code: run the model's own code.
+        name: what the store calls the teacher; by default the model.
+
+    Raises:
+        ValueError: the model cannot be loaded here, or `sampling` names what `generate` does not know.
     """
 
     kind = "transformers"
@@ -84,8 +92,12 @@ class TransformersTeacher(Teacher):
         self.prompts_family = defaults.prompts
         self.batch_size = batch_size
         self._seed = seed
-        self._sampling = {**defaults.sampling, **(sampling or {})}
-        self._sampling["max_new_tokens"] = max_new_tokens or defaults.max_new_tokens
+        self._system = defaults.system
+        self._sampling = generate_arguments(model, sampling or {}, max_new_tokens)
+        self.max_new_tokens = self._sampling["max_new_tokens"]
+        _check_arguments(self._sampling)
+        check_loadable(model)
+        _check_type(model, revision, trust_remote_code)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self._processor = load_processor(model, revision, trust_remote_code)
         self._processor.tokenizer.padding_side = "left"
@@ -95,13 +107,16 @@ class TransformersTeacher(Teacher):
             loaded = AutoModelForImageTextToText.from_pretrained(
                 model, revision=revision, dtype="auto", trust_remote_code=trust_remote_code
             )
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"{model} cannot be loaded as an image-text-to-text model: {error}") from error
         self._model = loaded.to(device).eval()
         self.revision = getattr(self._model.config, "_commit_hash", None) or revision or "local"
 
     def settings(self) -> dict:
-        return {**self._sampling, "seed": self._seed}
+        settings = {**self._sampling, "seed": self._seed}
+        if self._system is not None:
+            settings["system"] = self._system
+        return settings
 
     async def generate(self, requests: Sequence[TeacherRequest]) -> list[TeacherReply]:
         # In a thread of its own, so that pictures of the next batch can be fetched and signals be heard meanwhile.
@@ -113,9 +128,14 @@ class TransformersTeacher(Teacher):
         prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
         # A batch is made of whatever is missing, so a trace's seed cannot hang on its place in a batch alone.
         set_seed(hash_seed(self._seed, [(request.question.id, request.repeat) for request in requests]))
+        prompt_length = inputs["input_ids"].shape[1]
+        arguments = dict(self._sampling)
+        processors = LogitsProcessorList()
+        if penalty := arguments.pop(PRESENCE_PENALTY, 0):
+            processors.append(PresencePenalty(penalty, prompt_length))
         with torch.inference_mode():
-            output = self._model.generate(**inputs, **self._sampling)
-        written = output[:, inputs["input_ids"].shape[1] :]
+            output = self._model.generate(**inputs, **arguments, logits_processor=processors)
+        written = output[:, prompt_length:]
         seconds = (time.perf_counter() - started) / len(requests)
         replies = []
         for row, read in zip(written, prompt_tokens, strict=True):
@@ -127,9 +147,8 @@ class TransformersTeacher(Teacher):
         texts = []
         images = []
         for request in requests:
-            texts.append(
-                self._processor.apply_chat_template(_conversation(request), tokenize=False, add_generation_prompt=True)
-            )
+            turns = conversation(request, self._system)
+            texts.append(self._processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
             images += [picture.image for picture in request.pictures]
         made = self._processor(images=images or None, text=texts, padding=True, return_tensors="pt")
         # Some processors return more than their model takes.
@@ -166,10 +185,48 @@ class TransformersTeacher(Teacher):
         return TeacherReply(text, finish_reason, read, len(tokens), seconds, error=error)
 
 
-def _conversation(request: TeacherRequest) -> list[dict]:
+def conversation(request: TeacherRequest, system: str | None) -> list[dict]:
+    """Return a request as the turns of a chat, with a system turn where the model wants one, be it empty."""
+    turns: list[dict] = []
+    if system is not None:
+        turns.append({"role": "system", "content": [{"type": "text", "text": system}]})
     content: list[dict] = [{"type": "image"} for _ in request.pictures]
     content.append({"type": "text", "text": request.prompt})
-    return [{"role": "user", "content": content}]
+    turns.append({"role": "user", "content": content})
+    return turns
+
+
+def _check_arguments(sampling: Mapping) -> None:
+    """Refuse settings that `generate` would refuse, before the model is loaded.
+
+    Raises:
+        ValueError: one is not known.
+    """
+    known = vars(GenerationConfig())
+    for name in sampling:
+        if name not in known and name != PRESENCE_PENALTY:
+            raise ValueError(
+                f"sampling names {name!r}, which transformers' generate does not know: leave it out, or ask a server "
+                "with --teacher openai"
+            )
+
+
+def _check_type(model: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Refuse a model of a type that this transformers lacks, by its configuration alone.
+
+    Raises:
+        ValueError: it is such a model.
+    """
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    except (OSError, ValueError):
+        return  # there is none: what is missing is said where the processor is loaded
+    model_type = config.get("model_type", "")
+    if model_type == "internvl_chat":
+        raise ValueError(native_internvl(model))
+    has_own_code = trust_remote_code and "auto_map" in config
+    if model_type and model_type not in CONFIG_MAPPING and not has_own_code:
+        raise ValueError(unknown_type(model, model_type))
 
 
 def hash_seed(seed: int, parts: Sequence) -> int:

@@ -135,6 +135,7 @@ class ServerTeacher(Teacher):
         sampling: fields of the request body beside model and messages, `max_tokens` among them.
         revision: of the model, for the store; a server does not tell.
         prompts_family: the templates that suit the model.
+        system: the text of a system turn, which may be empty; None: there is none.
         patience: seconds without any answer after which the run stops; a server that never answered gets a minute of
             them, and an address where there is none gets none.
     """
@@ -150,6 +151,7 @@ class ServerTeacher(Teacher):
         sampling: Mapping | None = None,
         revision: str = "",
         prompts_family: str = "default",
+        system: str | None = None,
         patience: float = 900.0,
     ):
         if not model:
@@ -166,6 +168,10 @@ class ServerTeacher(Teacher):
         self.name = model
         self.revision = revision
         self.prompts_family = prompts_family
+        self._system = system
+        bound = self._sampling.get("max_tokens")
+        if isinstance(bound, int):
+            self.max_new_tokens = bound
         # As many are made ready as are under way: a slot is refilled at once, after a burst of answers too.
         self.in_flight = 2 * settings.in_flight
         self._slots = asyncio.Semaphore(settings.in_flight)
@@ -179,7 +185,10 @@ class ServerTeacher(Teacher):
         self._session: aiohttp.ClientSession | None = None
 
     def settings(self) -> dict:
-        return dict(self._sampling)
+        settings = dict(self._sampling)
+        if self._system is not None:
+            settings["system"] = self._system
+        return settings
 
     async def close(self) -> None:
         if self._session:
@@ -208,6 +217,7 @@ class ServerTeacher(Teacher):
         read = written = 0  # tokens of all attempts: an empty message is paid for, too
         attempt = 0
         reason = ""  # why there is no answer yet
+        finish_reason = ""
         final = False  # whether another attempt would be in vain
         while not final and attempt < self._settings.attempts:
             wait = 0.0
@@ -242,11 +252,13 @@ class ServerTeacher(Teacher):
                 reason = "the message was empty"
                 # It would be cut or withheld again, and paid for again.
                 if reply.finish_reason != "stop":
-                    reason = f"{reason} ({reply.finish_reason})"
+                    finish_reason = reply.finish_reason
+                    reason = f"{reason} ({finish_reason})"
                     final = True
             if not final and attempt < self._settings.attempts:
                 await asyncio.sleep(self._pause(max(attempt, 1), wait))
-        return TeacherReply("", "", read, written, time.perf_counter() - started, attempt, self._redacted(reason))
+        seconds = time.perf_counter() - started
+        return TeacherReply("", finish_reason, read, written, seconds, attempt, self._redacted(reason))
 
     async def _only_this_one(self, denied: _Denied) -> None:
         """Return where others are answered; wait until the requests under way have told.
@@ -272,7 +284,11 @@ class ServerTeacher(Teacher):
         for picture in request.pictures:
             content.append({"type": "image_url", "image_url": {"url": data_url(picture)}})
         content.append({"type": "text", "text": request.prompt})
-        body: dict[str, Any] = {"model": self.name, "messages": [{"role": "user", "content": content}]}
+        messages: list[dict] = []
+        if self._system is not None:
+            messages.append({"role": "system", "content": self._system})
+        messages.append({"role": "user", "content": content})
+        body: dict[str, Any] = {"model": self.name, "messages": messages}
         body.update(self._sampling)
         if isinstance(body.get("seed"), int):
             body["seed"] += request.repeat  # the samples of one question are different ones
