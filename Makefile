@@ -62,6 +62,20 @@ test-app: $(VENV)/.app $(VENV5)/.app
 	SIQ_VL_NEED_BROWSER=1 $(VENV)/bin/python -m pytest tests/test_app.py
 	SIQ_VL_NEED_BROWSER=1 $(VENV5)/bin/python -m pytest tests/test_app.py
 
+# The page with no server, for the checkpoint that the repo is: a static folder, outputs/web. Needs Node.
+.PHONY: web test-export test-gguf
+web: $(VENV)/.export web/node_modules/.ready
+	rm -rf outputs/web
+	$(VENV)/bin/python export_web.py . outputs/web
+
+# What is exported, in the engines that it is exported to: onnxruntime, Node and, where there is one, a headless browser;
+# llama.cpp. Sessions are traced on either major; the rest does not depend on it.
+test-export: $(VENV)/.export $(VENV)/.app $(VENV5)/.export web/node_modules/.ready
+	SIQ_VL_NEED_EXPORT=1 $(VENV)/bin/python -m pytest tests/test_onnx.py $(if $(shell command -v chromium),tests/test_web.py)
+	SIQ_VL_NEED_EXPORT=1 $(VENV5)/bin/python -m pytest tests/test_onnx.py
+test-gguf: $(VENV)/.export
+	SIQ_VL_NEED_EXPORT=1 $(VENV)/bin/python -m pytest tests/test_gguf.py
+
 # Checkpoints written by one major, read and saved again by the other, read by the first; in both directions.
 test-majors: $(VENV)/.ready $(VENV5)/.ready
 	SIQ_VL_OTHER_PYTHON=$(abspath $(VENV5))/bin/python $(VENV)/bin/python -m pytest tests/test_majors.py
@@ -109,6 +123,14 @@ $(VENV5)/.ready: requirements-v5.txt
 
 $(VENV)/.app $(VENV5)/.app: %/.app: %/.ready requirements-app.txt
 	$*/bin/python -m pip install -q --disable-pip-version-check -r requirements-app.txt
+	touch $@
+
+$(VENV)/.export $(VENV5)/.export: %/.export: %/.ready requirements-export.txt
+	$*/bin/python -m pip install -q --disable-pip-version-check -r requirements-export.txt
+	touch $@
+
+web/node_modules/.ready: web/package-lock.json
+	cd web && npm ci --ignore-scripts
 	touch $@
 
 clean:

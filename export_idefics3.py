@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from siq_vl import cli
-from siq_vl.export import export_idefics3
+from siq_vl.export.idefics3 import export_idefics3
 from siq_vl.loading import load_checkpoint
 
 

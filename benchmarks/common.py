@@ -26,7 +26,7 @@ sys.path.insert(0, str(REPO_ROOT))
 
 from siq_vl.configuration_siq_vl import SiQVLConfig  # noqa: E402
 from siq_vl.data.figures.dataset import sample  # noqa: E402
-from siq_vl.export import export_idefics3  # noqa: E402
+from siq_vl.export.idefics3 import export_idefics3  # noqa: E402
 from siq_vl.hub import card_table  # noqa: E402
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration  # noqa: E402
 from siq_vl.processing_siq_vl import SiQVLProcessor  # noqa: E402

@@ -13,7 +13,13 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddi
 from siq_vl.configuration_siq_vl import TRANSFORMERS_4
 from siq_vl.data.figures.rows import user_turn
 from siq_vl.evaluation.held_out import held_out_items
-from siq_vl.export import IDEFICS3_TOKENS, export_idefics3, idefics3_config, idefics3_processor, positions_are_exact
+from siq_vl.export.idefics3 import (
+    IDEFICS3_TOKENS,
+    export_idefics3,
+    idefics3_config,
+    idefics3_processor,
+    positions_are_exact,
+)
 from siq_vl.loading import load_checkpoint
 
 REPO_ROOT = Path(__file__).resolve().parent.parent

@@ -36,6 +36,8 @@ TABLES = {
     "samples/s against plain TRL": ("training", "training"),
     "model": ("fits", "by card"),
     "question": ("backbones", "gates"),
+    "engine": ("engines", "engines"),
+    "export": ("exports", "exports"),
     "id": ("real_run", "ids"),
     "recipe": ("real_run", "stages"),
     "asked": ("real_run", "traces"),
@@ -128,6 +130,8 @@ NOT_MEASURED = (
     r"those that divide 128|rows of 512 tokens, of 1,024 in|LoRA r=64|the rest of 128 is accumulated|batches of 1 and 4",
     r"three seeds, 230 steps, 500 held-out questions|rationales of at most 12 tokens|traces of which 40% have a fault",
     r"seed 42, 900 held-out questions|Try it in 60 seconds",
+    # Exports: kinds of weights, and rules of llama.cpp and of the exporters.
+    r"float16|4-bit weights|\bf(16|32)\b|Q4_K|Q5_0|Q8_0|less than 1e-4|no multiple of 256 weights|LFM2|WebGPU",
 )
 
 

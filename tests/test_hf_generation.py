@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationMixin, Idefics3ForConditionalGe
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.generation import CompileConfig
 
-from siq_vl.export import _renamed, idefics3_config
+from siq_vl.export.idefics3 import _renamed, idefics3_config
 from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 
 NEW = 5

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_decoders import FAMILIES, ids_of, joined, native, with_picture
 
 from siq_vl.configuration_siq_vl import AUTO_MAP, TRANSFORMERS_4
-from siq_vl.export import export_idefics3
+from siq_vl.export.idefics3 import export_idefics3
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 OTHER_PYTHON = os.environ.get("SIQ_VL_OTHER_PYTHON") or sys.executable

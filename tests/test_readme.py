@@ -112,6 +112,16 @@ HOW = {
     "make test-majors": Target("tests/test_majors.py"),
     "make test-hf": Target("tests/test_hf_mixins.py"),
     "make test-newest": Target("-m pytest"),
+    "make test-export": Target("tests/test_onnx.py"),
+    "make test-gguf": Target("tests/test_gguf.py"),
+    "make web": Target("export_web.py"),
+    "python benchmarks/engines.py --count 20 --engines onnxruntime node llama.cpp chromium": Elsewhere(
+        "tests/test_gguf.py"
+    ),
+    "python benchmarks/exports.py": Elsewhere("tests/test_gguf.py"),
+    "python export_onnx.py outputs/tiny/stage3 outputs/onnx": Elsewhere("tests/test_onnx.py"),
+    "python export_gguf.py outputs/tiny/stage3 outputs/gguf": Elsewhere("tests/test_gguf.py"),
+    "python export_web.py outputs/tiny/stage3 outputs/page --kind int8": Elsewhere("tests/test_web.py"),
     "make rehearsal": Target("-m rehearsal.walk"),
     "make rehearsal-quick": Target("-m rehearsal.walk --quick"),
     # What is not of this project is looked up by the shell, and not run.
@@ -292,7 +302,9 @@ class Copy:
 
     def __init__(self, folder: Path):
         self.folder, self.made = folder, set()
-        ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__", ".*_cache", ".hypothesis", "*.log")
+        ignored = shutil.ignore_patterns(
+            ".git", ".venv*", "outputs", "node_modules", "__pycache__", ".*_cache", ".hypothesis", "*.log"
+        )
         shutil.copytree(REPO_ROOT, folder, ignore=ignored)
         picture = shutil.copy(folder / "docs" / "example.png", folder / "mine.png")
         asked = [

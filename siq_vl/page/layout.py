@@ -9,9 +9,9 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from siq_vl.data.figures.dataset import FigureSample, sample
 from siq_vl.data.images import decode_image, find_under
 from siq_vl.page.cards import card, empty_card, picture_address
+from siq_vl.page.examples import held_out_examples
 from siq_vl.page.streaming import StreamingModel
 
 _STYLE = Path(__file__).with_name("style.css")
@@ -19,8 +19,6 @@ _FONT = ("ui-sans-serif", "system-ui", "sans-serif")  # of the reader's own mach
 _MONO = ("ui-monospace", "monospace")
 # Marks the cards that were still growing; what they say already stays.
 _STOP = "() => document.querySelectorAll('.siq-card:not([data-state=done], [data-state=idle])').forEach(c => c.dataset.state = 'stopped')"
-# Figures of the test split, by domain and place, whose questions take more than one step.
-_EXAMPLES = (("scenes", 14), ("charts", 2), ("documents", 9), ("scenes", 10), ("charts", 0), ("documents", 4))
 _LARGEST_FILE = "20mb"
 
 
@@ -106,11 +104,6 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": _LARGEST_FILE,
         "ssr_mode": False,
     }
-
-
-def held_out_examples() -> list[FigureSample]:
-    """Return drawn figures that no training showed, with their questions."""
-    return [sample("test", place, domain=domain, hard=False) for domain, place in _EXAMPLES]
 
 
 def _theme() -> gr.themes.Base:

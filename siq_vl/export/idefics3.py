@@ -325,20 +325,22 @@ def _padded(weight: torch.Tensor, shape: list[int]) -> torch.Tensor:
 
 def _make_readable_by_both_majors(folder: Path, config: SiQVLConfig, processor: Idefics3Processor) -> None:
     """Write what one major of transformers saves under a name that the other does not read."""
-    fields, text = _read_json(folder / "config.json"), json.loads(config.to_json_string())["text_config"]
+    fields, text = read_json(folder / "config.json"), json.loads(config.to_json_string())["text_config"]
     names = ("rope_theta", "rope_scaling", "rope_parameters")
     fields["text_config"].update({name: text[name] for name in names if name in text})
-    _write_json(folder / "config.json", fields)
+    write_json(folder / "config.json", fields)
     processor.image_processor.save_pretrained(folder)  # transformers 5 writes it into processor_config.json only
-    fields = _read_json(folder / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    fields = read_json(folder / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(fields.get("extra_special_tokens"), list):
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
-    _write_json(folder / "tokenizer_config.json", fields)
+    write_json(folder / "tokenizer_config.json", fields)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """Return the fields of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _write_json(path: Path, fields: dict) -> None:
+def write_json(path: Path, fields: dict) -> None:
+    """Write fields as a JSON file, in the form that transformers gives it."""
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
