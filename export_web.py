@@ -39,7 +39,8 @@ def main() -> None:
             exported = Path(scratch)
             export_onnx(model.to("cpu", torch.float32), processor, exported, [options.kind], attention=True)
         build_page(model.config, processor, exported, options.output, options.kind, options.max_new_tokens)
-    sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())
+    print(f"{options.output}  {size / 2**20:.1f} MiB; serve it: python -m http.server --directory {options.output}")
 
 
 if __name__ == "__main__":

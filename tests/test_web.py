@@ -21,6 +21,7 @@ if not NEEDED and (shutil.which("node") is None or not (REPO_ROOT / "web" / "nod
 
 from playwright.sync_api import Error, Page, expect, sync_playwright  # noqa: E402
 
+import export_web as script  # noqa: E402
 from benchmarks.engines import ask_page, served  # noqa: E402
 from siq_vl.export import web_page  # noqa: E402
 from siq_vl.export.web_page import build_page  # noqa: E402
@@ -37,8 +38,12 @@ def ours():
 
 
 @pytest.fixture(scope="module")
-def folder(ours, tmp_path_factory):
-    exported = shipped_onnx(tmp_path_factory.mktemp("onnx") / "siq-vl")
+def exported(tmp_path_factory):
+    return shipped_onnx(tmp_path_factory.mktemp("onnx") / "siq-vl")
+
+
+@pytest.fixture(scope="module")
+def folder(ours, exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("web")
     build_page(ours.model.config, ours.processor, exported, folder, "fp32", 160)
     return folder
@@ -250,6 +255,16 @@ def test_outputs_are_taken_apart_as_in_python(text):
     steps = [[{"text": part.text, "start": part.start, "end": part.end} for part in step] for step in pieces.steps]
     assert found["steps"] == steps
     assert (found["answer"] or {}).get("text") == (pieces.answer and pieces.answer.text)
+
+
+def test_script(exported, tmp_path, monkeypatch, capsys):
+    options = ["--exported", str(exported), "--kind", "int8", "--max_new_tokens", "32"]
+    monkeypatch.setattr("sys.argv", ["export_web.py", str(REPO_ROOT), str(tmp_path), *options])
+    script.main()
+    assert "python -m http.server" in capsys.readouterr().out
+    int8 = exported / "onnx" / "vision_encoder_int8.onnx"
+    assert (tmp_path / "model" / "vision_encoder.onnx").read_bytes() == int8.read_bytes()
+    assert json.loads((tmp_path / "model" / "settings.json").read_text(encoding="utf-8"))["max_new_tokens"] == 32
 
 
 def test_refuses(ours, folder, tmp_path, monkeypatch):
