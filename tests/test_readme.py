@@ -133,7 +133,6 @@ HOW = {
     "python benchmarks/step.py": Run("--quick", says="tokens/s"),
     "make gpu": Target("benchmarks/gpu.py"),
     "python benchmarks/gpu.py --device cpu --quick": Elsewhere("tests/test_gpu_benchmark.py"),
-    "make test-devices": Target("tests/test_distributed.py"),
     "make mutants": Target("tests/mutate.py"),
     "make check": Target("mypy"),
     "make coverage": Target("--cov"),
