@@ -20,7 +20,6 @@ from siq_vl.modeling_siq_vl import SiQVLForConditionalGeneration
 from siq_vl.processing_siq_vl import SiQVLProcessor
 from siq_vl.training.callbacks import FreeMemoryCallback, SampleCallback
 from siq_vl.training.checkpoints import run_settings, samples_a_step, save_stage, settings_unnamed_before
-from siq_vl.training.emergence import EmergenceCallback
 from siq_vl.training.recipes import Recipe
 from siq_vl.training.resume import checkpoint_to_resume, discard_incomplete
 from siq_vl.training.sharding import check_engine
@@ -186,6 +185,9 @@ def _add_callbacks(trainer: SFTTrainer, recipe: Recipe, processor: SiQVLProcesso
 def _watch(trainer: SFTTrainer, recipe: Recipe, processor: SiQVLProcessor, watched: Sequence[Mapping]) -> None:
     steps = recipe.run.emergence_steps
     if steps and watched:
+        # Evaluation, which it measures with, is loaded for the runs that ask for it.
+        from siq_vl.training.emergence import EmergenceCallback
+
         callback = EmergenceCallback(watched, processor, steps)
         callback.trainer = trainer
         trainer.add_callback(callback)
