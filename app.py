@@ -14,9 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from siq_vl import cli
-from siq_vl.loading import load_checkpoint
-from siq_vl.page.layout import build_page, launch_options
-from siq_vl.page.streaming import StreamingModel
 
 
 def parse_options() -> argparse.Namespace:
@@ -56,6 +53,11 @@ def checkpoints(given: list[str]) -> Mapping[str, str]:
 
 def main() -> None:
     options = parse_options()
+    # Imported once the options are known: torch and transformers take seconds, and `--help` needs none of them.
+    from siq_vl.loading import load_checkpoint
+    from siq_vl.page.layout import build_page, launch_options
+    from siq_vl.page.streaming import StreamingModel
+
     models = []
     for name, path in options.model.items():
         model, processor = load_checkpoint(path)

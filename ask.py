@@ -13,11 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from siq_vl import cli
-from siq_vl.data.figures.rows import user_turn
-from siq_vl.data.images import open_image
-from siq_vl.evaluation.generation import generate_texts
-from siq_vl.loading import load_checkpoint
-from siq_vl.parsing.answers import parse
 
 
 def main() -> None:
@@ -30,6 +25,13 @@ def main() -> None:
     parser.add_argument("--max_thinking_tokens", type=int, help="most tokens of the reasoning; the answer follows")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="hold the language model in NF4 or int8")
     options = parser.parse_args()
+    # Imported once the options are known: torch and transformers take seconds, and `--help` needs none of them.
+    from siq_vl.data.figures.rows import user_turn
+    from siq_vl.data.images import open_image
+    from siq_vl.evaluation.generation import generate_texts
+    from siq_vl.loading import load_checkpoint
+    from siq_vl.parsing.answers import parse
+
     # Picture and question are looked at first: loading a model takes longer than reading a refusal.
     image = open_image(options.image)
     if not options.question.strip():

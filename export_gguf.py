@@ -11,10 +11,7 @@ numbers of image tokens that this command prints. What it computes otherwise is 
 import argparse
 from pathlib import Path
 
-import torch
-
 from siq_vl import cli
-from siq_vl.loading import load_checkpoint
 
 
 def main() -> None:
@@ -23,10 +20,15 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--kinds", nargs="+", default=["f32", "f16", "q8_0", "q4_k"], help="what weights are held in")
     options = parser.parse_args()
+    # Imported once the options are known: torch and transformers take seconds, and `--help` needs none of them.
     try:
         from siq_vl.export.gguf_files import export_gguf
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install -r requirements-export.txt") from error
+    import torch
+
+    from siq_vl.loading import load_checkpoint
+
     if options.output.is_dir() and any(options.output.iterdir()):
         raise ValueError(f"{options.output} is not empty: pass a new folder")
     model, processor = load_checkpoint(options.model)

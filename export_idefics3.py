@@ -11,8 +11,6 @@ import argparse
 from pathlib import Path
 
 from siq_vl import cli
-from siq_vl.export.idefics3 import export_idefics3
-from siq_vl.loading import load_checkpoint
 
 
 def main() -> None:
@@ -23,6 +21,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.output.is_dir() and any(options.output.iterdir()):
         raise ValueError(f"{options.output} is not empty: pass a new folder")
+    # Imported once the options are known: torch and transformers take seconds, and `--help` needs none of them.
+    from siq_vl.export.idefics3 import export_idefics3
+    from siq_vl.loading import load_checkpoint
+
     model, processor = load_checkpoint(options.model)
     export_idefics3(model, processor, options.output, widen_tower=options.widen_tower)
     print(f"{options.output} is an Idefics3ForConditionalGeneration checkpoint")

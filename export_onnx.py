@@ -11,10 +11,7 @@ computed from the fp32 sessions, which are always written.
 import argparse
 from pathlib import Path
 
-import torch
-
 from siq_vl import cli
-from siq_vl.loading import load_checkpoint
 
 
 def main() -> None:
@@ -24,10 +21,15 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["fp32", "fp16", "int8", "q4"], help="what weights are held in")
     parser.add_argument("--attention", action="store_true", help="let the decoder return where the tokens looked")
     options = parser.parse_args()
+    # Imported once the options are known: torch and transformers take seconds, and `--help` needs none of them.
     try:
         from siq_vl.export.onnx_sessions import export_onnx
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install -r requirements-export.txt") from error
+    import torch
+
+    from siq_vl.loading import load_checkpoint
+
     if options.output.is_dir() and any(options.output.iterdir()):
         raise ValueError(f"{options.output} is not empty: pass a new folder")
     model, processor = load_checkpoint(options.model)

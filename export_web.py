@@ -12,10 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
-
 from siq_vl import cli
-from siq_vl.loading import load_checkpoint
 
 
 def main() -> None:
@@ -26,11 +23,15 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="bound on reasoning and answer together")
     parser.add_argument("--exported", type=Path, help="what export_onnx.py --attention wrote; by default it is made")
     options = parser.parse_args()
+    # Imported once the options are known: torch and transformers take seconds, and `--help` needs none of them.
     try:
         from siq_vl.export.onnx_sessions import export_onnx
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install -r requirements-export.txt") from error
+    import torch
+
     from siq_vl.export.web_page import build_page
+    from siq_vl.loading import load_checkpoint
 
     model, processor = load_checkpoint(options.model)
     with tempfile.TemporaryDirectory() as scratch:

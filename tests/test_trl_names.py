@@ -345,7 +345,8 @@ def test_a_run_that_an_earlier_version_began_goes_on(tmp_path):
 
 # --help
 
-HELP = [["train_sft.py"], ["train_distill.py"]]
+HELP = [["train_sft.py"], ["train_distill.py"], ["ask.py"], ["app.py"], ["export_idefics3.py"], ["export_onnx.py"]]
+HELP += [["export_gguf.py"], ["export_web.py"]]
 
 
 @pytest.mark.parametrize("command", HELP, ids=" ".join)
