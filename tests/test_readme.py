@@ -115,7 +115,7 @@ HOW = {
     "make test-export": Target("tests/test_onnx.py"),
     "make test-gguf": Target("tests/test_gguf.py"),
     "make web": Target("export_web.py"),
-    "python benchmarks/engines.py --count 20 --engines onnxruntime node llama.cpp chromium": Elsewhere(
+    "python benchmarks/engines.py --count 100 --engines onnxruntime node llama.cpp chromium": Elsewhere(
         "tests/test_gguf.py"
     ),
     "python benchmarks/exports.py": Elsewhere("tests/test_gguf.py"),
