@@ -26,6 +26,7 @@ from siq_vl.export.onnx_sessions import (  # noqa: E402
     export_onnx,
 )
 from siq_vl.export.templates import portable_template, special_token_texts  # noqa: E402
+from siq_vl.loading import load_checkpoint  # noqa: E402
 
 N_QUESTIONS = 20
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the tracer, about itself
@@ -118,7 +119,7 @@ def test_where_it_looked(ours, whole):
     (attention,) = whole.sessions[DECODER].run(["attention"], feeds)
     np.testing.assert_allclose(attention.sum(axis=2), 1, atol=1e-5)
     np.testing.assert_array_equal(np.triu(attention[0], 1), 0)
-    eager, _ = script.load_checkpoint(str(REPO_ROOT))
+    eager, _ = load_checkpoint(str(REPO_ROOT))
     eager.language_model.set_attn_implementation("eager")
     with torch.inference_mode():
         layers = eager(**inputs, output_attentions=True).attentions
