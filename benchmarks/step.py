@@ -50,35 +50,32 @@ class StepTimes(TrainerCallback):
 def recipe_of(options, folder: Path) -> Recipe:
     """Return a stage of the tiny recipe with the settings to be measured."""
     settings = {
-        "--stage": options.stage,
-        "--recipe": "tiny",
-        "--output_dir": folder / "run",
-        "--max_steps": options.warm_up + options.steps,
-        "--num_train_epochs": 1000,
-        "--per_device_train_batch_size": options.batch_size,
-        "--effective_batch_size": options.batch_size,
-        "--gradient_checkpointing": str(options.checkpointing).lower(),
-        "--batching": options.batching,
-        "--pack_tokens": options.pack_tokens,
-        "--pack_buffer": options.batch_size,
-        "--feature_cache": "on" if options.cached else "off",
-        "--feature_cache_dir": folder / "features",
-        "--bf16": str(options.bf16).lower(),
-        "--torch_compile": str(options.compile).lower(),
-        "--use_cpu": str(options.device == "cpu").lower(),
-        "--dataloader_pin_memory": str(options.device == "cuda").lower(),
-        "--dataloader_num_workers": options.workers,
-        "--learning_rate": 1e-4,
-        "--warmup_steps": 0,
-        "--logging_steps": 1000,
-        "--disable_tqdm": "true",
+        "stage": options.stage,
+        "recipe": "tiny",
+        "output_dir": folder / "run",
+        "max_steps": options.warm_up + options.steps,
+        "num_train_epochs": 1000,
+        "per_device_train_batch_size": options.batch_size,
+        "effective_batch_size": options.batch_size,
+        "gradient_checkpointing": str(options.checkpointing).lower(),
+        "batching": options.batching,
+        "pack_tokens": options.pack_tokens,
+        "pack_buffer": options.batch_size,
+        "feature_cache": "on" if options.cached else "off",
+        "feature_cache_dir": folder / "features",
+        "bf16": str(options.bf16).lower(),
+        "torch_compile": str(options.compile).lower(),
+        "use_cpu": str(options.device == "cpu").lower(),
+        "dataloader_pin_memory": str(options.device == "cuda").lower(),
+        "dataloader_num_workers": options.workers,
+        "learning_rate": 1e-4,
+        "warmup_steps": 0,
+        "logging_steps": 1000,
+        "disable_tqdm": "true",
     }
     if options.stage != "1":
-        settings |= {"--lora_r": options.lora_r, "--load_in_4bit": str(options.method == "QLoRA").lower()}
-    words = []
-    for name, value in settings.items():
-        words += [name, str(value)]
-    recipe = parse_recipe(STAGES, words)
+        settings |= {"lora_r": options.lora_r, "load_in_4bit": str(options.method == "QLoRA").lower()}
+    recipe = parse_recipe(STAGES, common.as_options(settings))
     recipe.data.sources = [SourceConfig(str(options.rows_file))]
     recipe.traces = None
     return recipe
@@ -88,10 +85,11 @@ def model_of(options, recipe: Recipe, folder: Path):
     """Return a model with random weights as the stage holds it, and its processor."""
     model, processor = common.random_model(options.shape)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    if options.stage != "1" and options.method == "QLoRA":
+    if recipe.model.load_in_4bit:
         model.save_pretrained(folder / "model")
         model = load_quantized(str(folder / "model"), recipe.model, dtype, dtype)
-    model = model if options.method == "QLoRA" else model.to(dtype)
+    else:
+        model = model.to(dtype)
     model.model.projector.float()
     if options.attn_implementation:
         model.set_attn_implementation(options.attn_implementation)

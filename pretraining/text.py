@@ -129,8 +129,12 @@ def pad(rows: list[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str,
 class TextBatches:
     """Batches by training step: look-ups alone, calculations alone, then conversations with some calculations.
 
-    Four steps' rows are sorted by length together, to pad little.
+    Four steps' rows are sorted by length together, to pad little. A subclass may tell of another world.
     """
+
+    look_up_drill = staticmethod(look_up_drill)
+    calculation_drill = staticmethod(calculation_drill)
+    conversation = staticmethod(conversation)
 
     def __init__(
         self,
@@ -168,10 +172,10 @@ class TextBatches:
     def _row(self, index: int) -> tuple[list[int], list[int]]:
         kind = self._kind(index)
         if kind == "look up":
-            return encode(self._tokenizer, look_up_drill("train", index, self._seed))
+            return encode(self._tokenizer, self.look_up_drill("train", index, self._seed))
         if kind == "calculation":
-            return encode(self._tokenizer, calculation_drill("train", index, self._seed))
-        return encode(self._tokenizer, turn(*conversation("train", index, self._seed)))
+            return encode(self._tokenizer, self.calculation_drill("train", index, self._seed))
+        return encode(self._tokenizer, turn(*self.conversation("train", index, self._seed)))
 
 
 def corpus(rows: int = 80_000) -> list[str]:

@@ -11,7 +11,7 @@ from siq_vl.data.figures.rows import CAPTION_PROMPTS, reasoned
 from siq_vl.data.world.dataset import rationale, sample
 from siq_vl.data.world.figure import NOT_SHOWN
 from siq_vl.data.world.lexicon import WORDS
-from siq_vl.pretraining.text import READ_FIRST, STEP_BY_STEP, Pieces, TextBatches, encode, turn
+from siq_vl.pretraining.text import READ_FIRST, STEP_BY_STEP, Pieces, TextBatches
 
 LOOK_UP_STEPS = 400  # of phase `world_text`: its first steps hold nothing but look-ups
 CALCULATION_STEPS = 600  # the next ones nothing but calculations
@@ -84,13 +84,9 @@ def _calculation(rng: Random) -> Pieces:
 class WorldTextBatches(TextBatches):
     """Batches by training step, as `TextBatches`, of the world's text."""
 
-    def _row(self, index: int) -> tuple[list[int], list[int]]:
-        kind = self._kind(index)
-        if kind == "look up":
-            return encode(self._tokenizer, look_up_drill("train", index, self._seed))
-        if kind == "calculation":
-            return encode(self._tokenizer, calculation_drill("train", index, self._seed))
-        return encode(self._tokenizer, turn(*conversation("train", index, self._seed)))
+    look_up_drill = staticmethod(look_up_drill)
+    calculation_drill = staticmethod(calculation_drill)
+    conversation = staticmethod(conversation)
 
 
 def corpus(rows: int = 60_000) -> list[str]:

@@ -116,21 +116,24 @@ def emergence(
         the rationales; `steps_found`, `steps_in_order` and `arithmetic`, and their mean `structure`, see
         `metrics.step_score`; `accuracy`; and `count`, the number of questions.
     """
-    outputs = [parse(answer) for answer in answers]
-    steps = [step_score(answer, teacher.rationale) for answer, teacher in zip(answers, teachers, strict=True)]
-    right = [bool(agrees(output.answer, teacher.answer)) for output, teacher in zip(outputs, teachers, strict=True)]
-    columns: dict[str, list[float]] = {
-        "well_formed": [float(output.well_formed) for output in outputs],
-        "length": [_tokens(output.rationale, tokenizer) for output in outputs],
-        "teacher_length": [_tokens(teacher.rationale, tokenizer) for teacher in teachers],
-        "steps_found": [row["found"] for row in steps],
-        "steps_in_order": [row["in_order"] for row in steps],
-        "arithmetic": [row["arithmetic"] for row in steps],
-        "structure": [row["score"] for row in steps],
-        "accuracy": [float(held) for held in right],
-    }
-    means = {name: round(sum(values) / len(values), 4) for name, values in columns.items()}
-    return {**means, "count": len(outputs)}
+    totals: dict[str, float] = {}
+    for answer, teacher in zip(answers, teachers, strict=True):
+        output = parse(answer)
+        steps = step_score(answer, teacher.rationale)
+        measured = {
+            "well_formed": float(output.well_formed),
+            "length": _tokens(output.rationale, tokenizer),
+            "teacher_length": _tokens(teacher.rationale, tokenizer),
+            "steps_found": steps["found"],
+            "steps_in_order": steps["in_order"],
+            "arithmetic": steps["arithmetic"],
+            "structure": steps["score"],
+            "accuracy": float(bool(agrees(output.answer, teacher.answer))),
+        }
+        for name, value in measured.items():
+            totals[name] = totals.get(name, 0) + value
+    means = {name: round(total / len(answers), 4) for name, total in totals.items()}
+    return {**means, "count": len(answers)}
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
